@@ -1,0 +1,1 @@
+"""Checkpoint → bundle. Import the parts: nothing heavy is loaded here."""

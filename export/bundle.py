@@ -1,0 +1,330 @@
+"""The bundle: the only thing that export hands on to build and runtime.
+
+A bundle is a folder: `bundle.json` (everything below, as JSON), `tokenizer.json`, and the graphs with
+their external weights. Whoever holds it needs no checkpoint, no family code and no network.
+This module imports nothing heavy: the runtime and `--help` load it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import types
+import typing
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Iterator
+
+from ..errors import BundleError
+
+SCHEMA = 1
+MANIFEST = "bundle.json"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    name: str
+    dtype: str  # numpy's name: "int64", "float32", "uint8"
+    shape: list[int | str]  # a string names a dynamic dimension
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    path: str  # inside the bundle, of the .onnx (or .pt, .plan) file
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    precision: str  # of its weights: fp32, int8, int4, …
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """How the runtime gives positions to the decoder.
+
+    The decoder graph holds `len(limits)` stacked cos/sin tables of `max_seq_len` rows each; a sequence
+    uses table t for life, where t is the first with `prompt length <= limits[t]`. One entry
+    (max_seq_len) means a rope that does not depend on the prompt's length. More than one is
+    Qwen-VL's dynamic NTK.
+    """
+
+    positions: str  # "linear"; "mrope" is coming
+    limits: list[int]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    family: str  # row of the family table: "qwen_vl", "llava", …
+    architecture: str  # as config.json writes it
+    vocab_size: int  # rows of the embedding table; ids from here on select image rows in a step
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int  # as stored in the caches: zero-padded to a multiple of 16 where needed
+    max_seq_len: int
+    rope: RopeSpec
+    attention: str  # lowering of the decoder graph: "gqa", "paged", "linear"
+    parameters: int  # of the checkpoint, for information
+
+
+@dataclass(frozen=True)
+class VisionSpec:
+    """The image recipe: what preprocess.py does before the vision graph sees uint8 pixels.
+
+    recipe
+        "square": resize to size×size without keeping the aspect (Qwen-VL).
+        "crop": shortest side to `resize`, then centre crop to size×size (CLIP's processor).
+        "pad": square canvas of colour `fill`, then as "crop" (LLaVA-1.5).
+    loading
+        "pillow": convert("RGB"), alpha dropped, no EXIF (original code bases);
+        "transformers": EXIF applied and alpha dropped for paths, URLs and bytes; PIL objects as
+        transformers 5 does: alpha on white, no EXIF.
+    """
+
+    recipe: str
+    size: int
+    tokens: int  # rows that one image becomes
+    hidden_size: int  # of each row
+    loading: str = "pillow"
+    resize: int = 0
+    fill: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ImageRules:
+    """How images stand in a prompt."""
+
+    tags: list[str]  # literal tags whose image comes from `urls`, in order: ["<img/>"], ["<image>"]
+    url_tag: list[str]  # ["<img>", "</img>"]: the tag itself names the image; [] where there is none
+    token_id: int  # stands in every image slot of input_ids; may be ≥ vocab_size or an added token's id
+    prefix_ids: list[int]  # ids before the slots of each image: [<img>]
+    suffix_ids: list[int]  # and after them: [</img>]
+    inline: bool  # True: tags are tokens of the tokenizer, the whole text is tokenised at once (-hf);
+    # False: text is cut at the tags, each chunk tokenised by itself, bos only first
+
+
+@dataclass(frozen=True)
+class Piece:
+    text: str  # literal template text; "{content}" alone is the turn's content
+    special: bool = False  # True: control tokens in it are parsed (only ever for template text)
+
+
+@dataclass(frozen=True)
+class ChatRules:
+    """How a message list becomes a prompt.
+
+    kind "pieces": each turn is `turns[role]`, a list of pieces that are tokenised apart and joined
+    (Qwen-VL). kind "jinja": `template` renders the OpenAI message list to text that is tokenised as
+    one, typed text staying literal.
+    """
+
+    kind: str
+    name: str  # "chatml", "llava_v1", …
+    turns: dict[str, list[Piece]] = field(default_factory=dict)
+    generation: list[Piece] = field(default_factory=list)  # the open assistant turn
+    system: str | None = None  # default system text
+    image: str = ""  # how an image part is written: "Picture {n}:{image}\n", "{image}\n"
+    template: str = ""
+    history_tokens: int = 0  # newest turns while their sum stays strictly below; 0 = all
+
+
+@dataclass(frozen=True)
+class PromptRules:
+    bos_ids: list[int]  # before every raw prompt and chat
+    nfc: bool  # normalise text to NFC before anything else
+    image: ImageRules
+    chat: ChatRules
+    keep_special: list[str] = field(default_factory=list)  # shown even with skip_special_tokens
+
+
+@dataclass(frozen=True)
+class GenerationSpec:
+    eos_ids: list[int]  # generation ends at any of them
+    stop_words: list[str]  # and at any of these strings
+    defaults: dict[str, Any]  # generate_config fields from generation_config.json
+
+
+@dataclass(frozen=True)
+class FileSpec:
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Origin:
+    checkpoint: str  # path or hub id, for `verify`
+    fingerprint: str
+    options: dict[str, Any]  # of the export
+    tools: dict[str, str]  # name → version
+
+
+@dataclass(frozen=True)
+class Bundle:
+    schema: int
+    name: str
+    backend: str  # "onnxruntime", "torchscript", "tensorrt"
+    precision: str
+    model: ModelSpec
+    vision: VisionSpec
+    prompt: PromptRules
+    generation: GenerationSpec
+    graphs: dict[str, GraphSpec]  # "vision", "decoder"
+    tokenizer: str  # file name
+    files: dict[str, FileSpec]  # every file but bundle.json
+    origin: Origin
+    path: Path = Path()  # set by `read`; not written
+
+    def read_path(self, name: str) -> Path:
+        """Absolute path of a file of the bundle."""
+        return self.path / name
+
+
+def _decode(cls: Any, value: Any, where: str) -> Any:
+    """JSON value → `cls`, checking every field; raises BundleError naming the field."""
+    origin, args = typing.get_origin(cls), typing.get_args(cls)
+    if cls is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        for option in args:
+            try:
+                return _decode(option, value, where)
+            except BundleError:
+                continue
+        raise BundleError(f"{MANIFEST}: {where} is {value!r}, expected {cls}")
+    if dataclasses.is_dataclass(cls):
+        if not isinstance(value, dict):
+            raise BundleError(f"{MANIFEST}: {where} is {value!r}, expected an object")
+        hints = typing.get_type_hints(cls)
+        fields = {f.name: f for f in dataclasses.fields(cls) if f.name != "path" or cls is not Bundle}
+        if unknown := sorted(set(value) - set(fields)):
+            raise BundleError(f"{MANIFEST}: unknown field {where}.{unknown[0]}")
+        kwargs = {}
+        for name, f in fields.items():
+            if name in value:
+                kwargs[name] = _decode(hints[name], value[name], f"{where}.{name}")
+            elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+                raise BundleError(f"{MANIFEST}: {where}.{name} is missing")
+        return cls(**kwargs)
+    if origin is list:
+        if not isinstance(value, list):
+            raise BundleError(f"{MANIFEST}: {where} is {value!r}, expected a list")
+        return [_decode(args[0], v, f"{where}[{i}]") for i, v in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise BundleError(f"{MANIFEST}: {where} is {value!r}, expected an object")
+        return {k: _decode(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    if cls is type(None):
+        if value is None:
+            return None
+    elif isinstance(value, cls) and not (cls is int and isinstance(value, bool)):
+        return value
+    raise BundleError(f"{MANIFEST}: {where} is {value!r}, expected {getattr(cls, '__name__', cls)}")
+
+
+def is_bundle(path: str | os.PathLike[str]) -> bool:
+    return (Path(path) / MANIFEST).is_file()
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def read(path: str | os.PathLike[str], check_hashes: bool = False) -> Bundle:
+    """Open a bundle: schema, presence and size of each file; hashes on request.
+
+    Raises BundleError with one line that names what is wrong.
+    """
+    root = Path(path).resolve()
+    manifest = root / MANIFEST
+    if not manifest.is_file():
+        raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}")
+    try:
+        data = json.loads(manifest.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as e:
+        raise BundleError(f"{manifest} is not valid JSON: {e}") from e
+    schema = data.get("schema") if isinstance(data, dict) else None
+    if not isinstance(schema, int):
+        raise BundleError(f"{manifest}: schema is {schema!r}, expected {SCHEMA}")
+    if schema > SCHEMA:
+        raise BundleError(
+            f"{path} has bundle schema {schema}, this version reads up to {SCHEMA}: "
+            "upgrade rtp_llm, or export the checkpoint again with this version"
+        )
+    if schema < SCHEMA:
+        raise BundleError(f"{path} has bundle schema {schema}, expected {SCHEMA}: export it again")
+    bundle = _decode(Bundle, data, "bundle")
+    for name, spec in bundle.files.items():
+        file = (root / name).resolve()
+        if not file.is_relative_to(root):
+            raise BundleError(f"{MANIFEST}: file {name!r} lies outside the bundle")
+        if not file.is_file():
+            raise BundleError(f"{path}: file {name} is missing; export the checkpoint again")
+        if file.stat().st_size != spec.size:
+            raise BundleError(
+                f"{path}: file {name} has {file.stat().st_size} bytes, expected {spec.size}: "
+                "the bundle is corrupted, export it again with --force"
+            )
+        if check_hashes and (found := sha256(file)) != spec.sha256:
+            raise BundleError(f"{path}: file {name} has SHA-256 {found}, expected {spec.sha256}")
+    for name in [bundle.tokenizer, *(g.path for g in bundle.graphs.values())]:
+        if name not in bundle.files:
+            raise BundleError(f"{MANIFEST}: {name!r} is used but not listed in files")
+    return dataclasses.replace(bundle, path=root)
+
+
+def to_json(bundle: Bundle) -> dict[str, Any]:
+    data = dataclasses.asdict(bundle)
+    del data["path"]
+    return data
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a fresh folder beside `path`, renamed to it when the block ends well.
+
+    On an error, Ctrl-C included, nothing stays; an existing `path` is replaced only at the end.
+    """
+    final = Path(path).absolute()
+    final.parent.mkdir(parents=True, exist_ok=True)
+    partial = final.parent / f".{final.name}.partial-{os.getpid()}"
+    for left in final.parent.glob(f".{final.name}.partial-*"):
+        if not _alive(int(left.name.rsplit("-", 1)[1])):
+            shutil.rmtree(left, ignore_errors=True)  # of a killed export
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        old = final.parent / f".{final.name}.old-{os.getpid()}"
+        if final.exists():
+            final.rename(old)
+        partial.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def write(folder: Path, bundle: Bundle) -> Bundle:
+    """Hash every file of `folder` and write its bundle.json; returns the bundle as written."""
+    files = {
+        str(f.relative_to(folder)): FileSpec(f.stat().st_size, sha256(f))
+        for f in sorted(folder.rglob("*"))
+        if f.is_file() and f.name != MANIFEST
+    }
+    bundle = dataclasses.replace(bundle, files=files)
+    text = json.dumps(to_json(bundle), indent=1, ensure_ascii=False)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    return bundle
