@@ -1,0 +1,304 @@
+"""Checkpoints: config files, and weights by name without loading them.
+
+Safetensors and PyTorch's .bin shards are memory-mapped; a read copies only the rows asked for, and gives
+the mapped pages back. Pickles are read weights-only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import math
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError, MissingDependency
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LEGACY_LIMIT = 2 * 2**30  # bytes of a pickle from before torch 1.6, which cannot be mapped
+
+FILES = ["*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.safetensors", "*.bin"]
+
+
+def resolve(name: str | os.PathLike[str], revision: str | None = None, flag: str = "--checkpoint") -> Path:
+    """The folder of a checkpoint: `name` itself, or the hub repository of that name, downloaded.
+
+    Raises CheckpointError, naming the repository and `flag` (which takes a local folder) when the hub
+    cannot be reached.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    repository = os.fspath(name)
+    if path.exists():
+        raise CheckpointError(f"{name} is a file: {flag} takes the checkpoint's folder")
+    if repository.count("/") != 1 or repository.startswith((".", "/", "~")):
+        raise CheckpointError(f"{name} does not exist: {flag} takes a folder or a hub id (owner/name)")
+    try:
+        import huggingface_hub
+    except ImportError as e:
+        raise MissingDependency(
+            f"downloading {repository} needs huggingface_hub: pip install huggingface_hub"
+        ) from e
+    try:
+        ignore = []
+        if not huggingface_hub.is_offline_mode():
+            files = huggingface_hub.HfApi().list_repo_files(repository, revision=revision)
+            if any(f.endswith(".safetensors") for f in files):
+                ignore = ["*.bin"]
+        folder = huggingface_hub.snapshot_download(
+            repository, revision=revision, allow_patterns=FILES, ignore_patterns=ignore
+        )
+    except Exception as e:  # the hub's client raises its own, requests' and OS errors
+        offline = os.environ.get("HF_HUB_OFFLINE", "not set")
+        line = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"repository {repository} cannot be had from the hub (HF_HUB_OFFLINE is {offline}): {line}; "
+            f"give a local folder with {flag} PATH"
+        ) from e
+    return Path(folder)
+
+
+class Fields(dict[str, Any]):
+    """A JSON object; indexing a field that it lacks raises CheckpointError."""
+
+    file = Path("config.json")
+
+    def __missing__(self, name: str) -> Any:
+        raise CheckpointError(f"{self.file} has no field {name!r}")
+
+
+class Checkpoint:
+    """A checkpoint folder. Raises CheckpointError wherever it is not what it claims to be."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self.config = self.json("config.json", required=True)
+        self._tensors: dict[str, dict[str, Tensor]] = {}  # of the shards opened so far
+        self._shard_of = self._find()  # tensor name → file
+
+    def json(self, name: str, required: bool = False) -> Fields:
+        """A JSON file of the folder; empty when it is not there and not required."""
+        file = self.path / name
+        if not file.is_file():
+            if required:
+                raise CheckpointError(f"{self.path} is no checkpoint: it has no {name}")
+            return Fields()
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"), object_hook=Fields)
+        except ValueError as e:
+            raise CheckpointError(f"{file} is not valid JSON: {e}") from e
+        if not isinstance(data, dict):
+            raise CheckpointError(f"{file} holds {type(data).__name__}, expected an object")
+        data.file = file
+        return data
+
+    def _find(self) -> dict[str, str]:
+        for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+            if not (self.path / index).is_file():
+                continue
+            shards = self.json(index).get("weight_map")
+            if not isinstance(shards, dict) or not shards:
+                raise CheckpointError(f"{self.path / index} has no weight_map")
+            for shard in sorted(set(shards.values())):
+                file = self.path / shard
+                if file.parent != self.path:
+                    raise CheckpointError(f"{index}: shard {shard!r} lies outside the checkpoint")
+                if not file.is_file():
+                    raise CheckpointError(f"{self.path}: shard {shard}, named by {index}, is missing")
+            return shards
+        for pattern in ("*.safetensors", "pytorch_model*.bin"):
+            if files := sorted(f.name for f in self.path.glob(pattern)):
+                return {name: f for f in files for name in self._open(f)}
+        raise CheckpointError(f"{self.path} has no weights: no *.safetensors and no pytorch_model*.bin")
+
+    def _open(self, shard: str) -> dict[str, Tensor]:
+        if shard not in self._tensors:
+            file = self.path / shard
+            read = _safetensors if file.suffix == ".safetensors" else _pickle
+            self._tensors[shard] = read(file)
+        return self._tensors[shard]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shard_of
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shard_of)
+
+    def _mapped(self, name: str) -> Tensor:
+        if name not in self._shard_of:
+            raise CheckpointError(f"{self.path}: tensor {name} is missing")
+        shard = self._shard_of[name]
+        tensors = self._open(shard)
+        if name not in tensors:
+            raise CheckpointError(f"{self.path}: tensor {name} is missing in its shard {shard}")
+        return tensors[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._mapped(name).shape)
+
+    def dtype(self, name: str) -> str:
+        """"float16", "bfloat16", "float32", …"""
+        return str(self._mapped(name).dtype).removeprefix("torch.")
+
+    def bytes(self, name: str) -> int:
+        return self._mapped(name).nbytes
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raises CheckpointError unless the tensor is there, with this shape."""
+        if (found := self.shape(name)) != shape:
+            raise CheckpointError(
+                f"{self.path}: tensor {name} has shape {list(found)}, expected {list(shape)}"
+            )
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows [start, stop) of a tensor as float32, copied; integers keep their type.
+
+        The pages of the map that were read are given back.
+        """
+        import torch
+
+        mapped = self._mapped(name)
+        if mapped.dim():
+            mapped = mapped[start:stop]
+        dtype = torch.float32 if mapped.is_floating_point() else mapped.dtype
+        rows = mapped.to(dtype, copy=True).contiguous()
+        _release(mapped)
+        return rows
+
+    def parameters(self) -> int:
+        return sum(math.prod(self.shape(name)) for name in self)
+
+    def fingerprint(self) -> str:
+        """Hash over the config files' contents, and name, size and time of every other file."""
+        digest = hashlib.sha256()
+        for file in sorted(self.path.iterdir()):
+            if file.suffix in (".json", ".jinja") and file.is_file():
+                digest.update(file.name.encode() + b"\0" + file.read_bytes())
+            elif file.is_file() and any(file.match(p) for p in FILES):
+                stat = file.stat()
+                digest.update(f"{file.name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+        return digest.hexdigest()
+
+
+def _safetensors(file: Path) -> dict[str, Tensor]:
+    """Format: 8 bytes little-endian header size, JSON header, data (safetensors' README)."""
+    import torch
+
+    types = {
+        "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+        "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+        "U8": torch.uint8, "BOOL": torch.bool,
+    }  # fmt: skip
+    size = file.stat().st_size
+    try:
+        with open(file, "rb") as f:
+            start = 8 + int.from_bytes(f.read(8), "little")
+            header = json.loads(f.read(start - 8)) if start <= size else None
+            # private, so that torch may have its writable view; nobody writes
+            memory = mmap.mmap(f.fileno(), 0, flags=mmap.MAP_PRIVATE,
+                               prot=mmap.PROT_READ | mmap.PROT_WRITE) if size else b""  # fmt: skip
+    except ValueError as e:
+        raise CheckpointError(f"shard {file} is no safetensors file: {e}") from e
+    if header is None:
+        raise CheckpointError(f"shard {file} is truncated: {size} bytes, its header ends at {start}")
+    header.pop("__metadata__", None)
+    end = start + max((t["data_offsets"][1] for t in header.values()), default=0)
+    if end > size:
+        raise CheckpointError(f"shard {file} is truncated: {size} bytes, its header wants {end}")
+    tensors = {}
+    for name, spec in header.items():
+        if (dtype := types.get(spec["dtype"])) is None:
+            raise CheckpointError(f"shard {file}: tensor {name} has unknown type {spec['dtype']}")
+        low, high = spec["data_offsets"]
+        count = math.prod(spec["shape"])
+        if count * dtype.itemsize != high - low:
+            raise CheckpointError(
+                f"shard {file}: tensor {name} has {high - low} bytes, its shape {spec['shape']} and type "
+                f"{spec['dtype']} want {count * dtype.itemsize}"
+            )
+        flat = (
+            torch.frombuffer(memory, dtype=dtype, count=count, offset=start + low)
+            if count
+            else torch.empty(0, dtype=dtype)
+        )
+        tensors[name] = flat.view(spec["shape"])
+    return tensors
+
+
+def _pickle(file: Path) -> dict[str, Tensor]:
+    import zipfile
+
+    import torch
+
+    mapped = zipfile.is_zipfile(file)
+    size = file.stat().st_size
+    with open(file, "rb") as f:
+        is_zip = f.read(4) == b"PK\x03\x04"
+    if is_zip and not mapped:
+        raise CheckpointError(f"shard {file} is truncated: {size} bytes, its zip directory is missing")
+    if not mapped and size > LEGACY_LIMIT:
+        raise CheckpointError(
+            f"shard {file} ({size / 2**30:.1f} GB) is in torch's format from before 1.6, which cannot be "
+            "memory-mapped: load it and torch.save it again"
+        )
+    try:
+        tensors = torch.load(file, map_location="cpu", mmap=mapped, weights_only=True)
+    except Exception as e:
+        line = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise CheckpointError(f"shard {file} cannot be read as weights only: {line}") from e
+    if not isinstance(tensors, dict):
+        raise CheckpointError(f"shard {file} holds {type(tensors).__name__}, expected tensors by name")
+    return {k: v for k, v in tensors.items() if isinstance(v, torch.Tensor)}
+
+
+def _release(mapped: Tensor) -> None:
+    """Give whole pages of a mapped tensor back; they are read from the file when needed again."""
+    if not hasattr(mmap, "MADV_DONTNEED") or not mapped.is_contiguous():
+        return
+    page = mmap.PAGESIZE
+    start = -(-mapped.data_ptr() // page) * page
+    length = (mapped.data_ptr() + mapped.nbytes) // page * page - start
+    # a legacy pickle lies in anonymous memory, where this would be a loss: those storages are resizable
+    if length > 0 and not mapped.untyped_storage().resizable():
+        libc = ctypes.CDLL(None)
+        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Where a module's parameter comes from: tensors of a checkpoint, one below the other.
+
+    parts: (name, shape) each; transform: of a single whole tensor, for small ones. `check` raises
+    CheckpointError for a tensor that is missing or has another shape.
+    """
+
+    checkpoint: Checkpoint
+    parts: tuple[tuple[str, tuple[int, ...]], ...]
+    transform: Callable[[Tensor], Tensor] | None = None
+
+    def check(self) -> None:
+        for name, shape in self.parts:
+            self.checkpoint.check(name, shape)
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows [start, stop) as float32."""
+        import torch
+
+        if self.transform is not None:
+            return self.transform(self.checkpoint.read(self.parts[0][0]))[start:stop].contiguous()
+        rows, at = [], 0
+        for name, shape in self.parts:
+            height = shape[0] if shape else 1
+            low, high = max(start - at, 0), height if stop is None else min(stop - at, height)
+            if low < high:
+                rows.append(self.checkpoint.read(name, low, high))
+            at += height
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
