@@ -1,0 +1,200 @@
+"""ONNX Runtime on the CPU: the `gqa` lowering, caches in place.
+
+Each layer's keys and values are one buffer [slots, kv_heads, slot_tokens, head_dim]. A step runs on the
+leading slots: a contiguous slice is bound as both past and present, so nothing is copied. Untouched pages
+of a buffer cost no memory, and a freed slot's pages go back to the system.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...errors import BundleError, MissingDependency, VisionGraphMissing
+from ...export.bundle import Bundle
+from ..kv_cache import BLOCK, blocks_for
+from ..step import Step
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+
+def _import() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as e:
+        raise MissingDependency(
+            "ONNX Runtime is not installed: pip install onnxruntime (or onnxruntime-gpu)"
+        ) from e
+    return onnxruntime
+
+
+class OnnxBackend:
+    """Raises BundleError when a graph cannot be opened, MissingDependency without ONNX Runtime."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        slots: int = 16,
+        max_seq_len: int | None = None,
+        kv_cache_bytes: int | None = None,
+        threads: int | None = None,
+    ):
+        self.bundle = bundle
+        model = bundle.model
+        self.slots = slots
+        self.slot_tokens = blocks_for(min(max_seq_len or model.max_seq_len, model.max_seq_len)) * BLOCK
+        self._token_bytes = 2 * 4 * model.layers * model.kv_heads * model.head_dim
+        kv_cache_bytes = kv_cache_bytes or available_memory() // 4
+        self.budget_blocks = max(1, kv_cache_bytes // (self._token_bytes * BLOCK))
+        self.threads = threads or physical_cores()
+        self._lock = threading.Lock()
+        self._decoder: ort.InferenceSession | None = None
+        self._vision: ort.InferenceSession | None = None
+        self._caches: list[tuple[str, str, mmap.mmap | None, np.ndarray]] = []
+        self._bound: dict[int, list[tuple[str, str, Any]]] = {}
+        self._open_decoder()
+
+    def _session(self, graph: str) -> ort.InferenceSession:
+        ort = _import()
+        spec = self.bundle.graphs[graph]
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        options.enable_mem_pattern = False  # shapes change every step: a pattern would never repeat
+        path = self.bundle.read_path(spec.path)
+        try:
+            session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as e:
+            line = str(e).splitlines()[0]
+            raise BundleError(f"{path} cannot be opened by ONNX Runtime: {line}") from e
+        return session
+
+    def _open_decoder(self) -> None:
+        if self._decoder is None:
+            self._decoder = self._session("decoder")
+        if not self._caches:
+            model = self.bundle.model
+            shape = (self.slots, model.kv_heads, self.slot_tokens, model.head_dim)
+            for i in range(model.layers):
+                for kind in ("key", "value"):
+                    memory, array = _allocate(shape)
+                    self._caches.append((f"past_{kind}.{i}", f"present_{kind}.{i}", memory, array))
+
+    def _bindings(self, n: int) -> list[tuple[str, str, Any]]:
+        """The leading n slots of every cache as (input, output, value): [n, kv_heads, tokens, dim]."""
+        if n not in self._bound:
+            from_numpy = _import().OrtValue.ortvalue_from_numpy
+            self._bound[n] = [(past, present, from_numpy(a[:n])) for past, present, _, a in self._caches]
+        return self._bound[n]
+
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        if "vision" not in self.bundle.graphs:
+            raise VisionGraphMissing(f"bundle {self.bundle.name} has no vision graph")
+        with self._lock:
+            if self._vision is None:  # a text-only user never pays for it
+                self._vision = self._session("vision")
+        return self._vision.run(["image_embeds"], {"pixels": pixels})[0]
+
+    def step(self, step: Step) -> np.ndarray:
+        self._open_decoder()
+        assert self._decoder is not None
+        feeds = {
+            "input_ids": step.input_ids,
+            "image_embeds": step.image_embeds,
+            "positions": step.positions,
+            "logits_rows": step.logits_rows,
+            **pad(step),
+        }
+        binding = self._decoder.io_binding()
+        for spec in self.bundle.graphs["decoder"].inputs:
+            if spec.name in feeds:
+                binding.bind_cpu_input(spec.name, feeds[spec.name])
+        for past, present, value in self._bindings(max(step.slots) + 1):
+            binding.bind_ortvalue_input(past, value)
+            binding.bind_ortvalue_output(present, value)
+        binding.bind_output("logits", "cpu")
+        self._decoder.run_with_iobinding(binding)
+        return binding.get_outputs()[-1].numpy()  # in the order of binding: logits last
+
+    def release(self, slot: int) -> None:
+        for _, _, memory, array in self._caches:
+            if memory is not None:
+                size = array[slot].nbytes
+                start = -(-slot * size // mmap.PAGESIZE) * mmap.PAGESIZE
+                end = (slot + 1) * size // mmap.PAGESIZE * mmap.PAGESIZE
+                if end > start:
+                    memory.madvise(mmap.MADV_DONTNEED, start, end - start)
+
+    def close(self) -> None:
+        with self._lock:
+            self._decoder = self._vision = None
+            self._bound.clear()
+            self._caches.clear()
+
+
+def pad(step: Step) -> dict[str, np.ndarray]:
+    """Inputs of the padded GroupQueryAttention nodes: B slots × S = the longest row.
+
+    An idle slot is a row of no tokens. Contract: export/attention.py.
+    """
+    n, longest = max(step.slots) + 1, max(step.counts)
+    lengths = np.zeros(n, np.int32)
+    totals = np.zeros(n, np.int32)
+    position_ids = np.zeros((n, longest), np.int64)
+    pad_rows = np.zeros((n, longest), np.int64)
+    packed_rows = np.empty(len(step.input_ids), np.int64)
+    at = 0
+    for slot, past, count in zip(step.slots, step.pasts, step.counts, strict=True):
+        lengths[slot], totals[slot] = count, past + count
+        position_ids[slot, :count] = step.rope_rows[at : at + count]
+        pad_rows[slot, :count] = np.arange(at, at + count)
+        packed_rows[at : at + count] = slot * longest + np.arange(count)
+        at += count
+    return {
+        "position_ids": position_ids,
+        "pad_rows": pad_rows.reshape(-1),
+        "packed_rows": packed_rows,
+        "query_seqlens": lengths,
+        "seqlens_k": np.maximum(totals - 1, 0).astype(np.int32),
+        "total_sequence_length": np.array(totals.max(), np.int32),
+    }
+
+
+def _allocate(shape: tuple[int, ...]) -> tuple[mmap.mmap | None, np.ndarray]:
+    """A float32 buffer whose pages are taken when they are written."""
+    size = int(np.prod(shape)) * 4
+    if sys.platform != "linux":
+        return None, np.zeros(shape, np.float32)
+    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python names it from 3.12 on
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    memory = mmap.mmap(-1, size, flags=flags)
+    # a head's tokens lie far apart: with huge pages one token would take 2 MB in each head
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return memory, np.frombuffer(memory, np.float32).reshape(shape)
+
+
+def physical_cores() -> int:
+    """Processors that this process may use, hyper-threads counted once where the system tells."""
+    try:
+        import psutil
+
+        cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    except ImportError:
+        cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = min(cores, len(os.sched_getaffinity(0)))
+    return cores
+
+
+def available_memory() -> int:
+    """Bytes that can be taken without swapping."""
+    import psutil
+
+    return psutil.virtual_memory().available

@@ -1,0 +1,114 @@
+"""Logits → one token, as transformers' processors and warpers define each step, in their order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .sequence import Sequence
+
+
+@dataclass
+class Sampled:
+    token: int
+    logprob: float | None = None  # of the token, under the raw logits
+    top: list[tuple[int, float]] = field(default_factory=list)
+    logits: np.ndarray | None = None  # [vocab], raw
+    probs: np.ndarray | None = None  # [vocab], softmax of the raw logits
+
+
+class Sampler:
+    """One per sequence: its random stream does not depend on what else is in the batch."""
+
+    def __init__(self, vocab_size: int, answer: int = 0, seed: int | None = None):
+        self.vocab_size = vocab_size
+        # SeedSequence wants no negative entropy; each of several answers has a stream of its own
+        entropy = None if seed is None else [seed % 2**64, answer]
+        self.random = np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
+
+    def __call__(self, sequence: Sequence, logits: np.ndarray) -> Sampled:
+        """`logits`: float32 [vocab] of the sequence's last position; not changed."""
+        params = sequence.params
+        scores = self._process(sequence, logits)
+        if params.greedy:
+            token = int(np.argmax(scores))
+        else:
+            token = self._draw(sequence, scores)
+        sampled = Sampled(token)
+        if params.return_logits:
+            sampled.logits = logits.copy()
+        if params.logprobs or params.return_cum_log_probs or params.return_all_probs:
+            logp = log_softmax(logits)
+            sampled.logprob = float(logp[token])
+            if params.return_all_probs:
+                sampled.probs = np.exp(logp)
+            if n := min(params.top_logprobs, len(logp)):
+                best = np.argpartition(-logp, n - 1)[:n]
+                best = best[np.lexsort((best, -logp[best]))]
+                sampled.top = [(int(i), float(logp[i])) for i in best]
+        return sampled
+
+    def _process(self, sequence: Sequence, logits: np.ndarray) -> np.ndarray:
+        """Penalties and bans; float32 [vocab], a copy where anything changes."""
+        p = sequence.params
+        scores = logits
+        generated = sequence.tokens[sequence.prompt_len :]
+        if p.repetition_penalty != 1:
+            scores = scores.copy()
+            # image slots hold ids that are no words: they are not penalised
+            seen = np.unique([t for t in sequence.tokens if 0 <= t < len(scores)])
+            at = scores[seen]
+            scores[seen] = np.where(at > 0, at / p.repetition_penalty, at * p.repetition_penalty)
+        if (p.presence_penalty or p.frequency_penalty) and generated:
+            scores = scores.copy()
+            ids, counts = np.unique(generated, return_counts=True)
+            scores[ids] -= p.presence_penalty + p.frequency_penalty * counts
+        banned: list[int] = []
+        if (n := p.no_repeat_ngram_size) and len(sequence.tokens) + 1 >= n:
+            tokens, tail = sequence.tokens, sequence.tokens[len(sequence.tokens) - n + 1 :]
+            banned += [
+                tokens[i + n - 1]
+                for i in range(len(tokens) - n + 1)
+                if tokens[i : i + n - 1] == tail
+            ]
+        for word in p.bad_words_list:
+            head = word[:-1]
+            if not head or sequence.tokens[-len(head) :] == head:
+                banned.append(word[-1])
+        if len(generated) < p.min_new_tokens:
+            banned += sequence.eos_ids
+        if banned := [t for t in banned if 0 <= t < len(scores)]:
+            scores = scores.copy()
+            scores[banned] = -np.inf
+        return scores
+
+    def _draw(self, sequence: Sequence, scores: np.ndarray) -> int:
+        p = sequence.params
+        ids = np.arange(len(scores))
+        if p.top_k and p.top_k < len(scores):
+            # ties at the border stay, as in transformers
+            keep = scores >= np.partition(scores, -p.top_k)[-p.top_k]
+            ids, scores = ids[keep], scores[keep]
+        x = scores.astype(np.float64) / p.temperature
+        probs = np.exp(x - x.max())
+        probs /= probs.sum()
+        order = np.argsort(-probs, kind="stable")
+        probs, ids = probs[order], ids[order]
+        if p.top_p < 1:
+            # the smallest set whose mass reaches top_p, never empty
+            n = max(1, int(np.searchsorted(np.cumsum(probs), p.top_p, side="left")) + 1)
+            probs, ids = probs[:n], ids[:n]
+        if p.min_p:
+            keep = probs >= p.min_p * probs[0]
+            probs, ids = probs[keep], ids[keep]
+        edges = np.cumsum(probs)
+        at = np.searchsorted(edges, self.random.random() * edges[-1], side="right")
+        return int(ids[min(at, len(ids) - 1)])
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """float64 log-probabilities over the last axis, same shape."""
+    x = logits.astype(np.float64)
+    x -= x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
