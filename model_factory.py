@@ -1,0 +1,177 @@
+"""ModelFactory: a checkpoint, hub id or bundle → a running Model."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import BundleError, UserError
+from .export.bundle import Bundle, is_bundle, read
+from .runtime.backends import open_backend
+from .runtime.engine import Engine
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+MODEL_TYPES = {"qwen_vl": "Qwen/Qwen-VL-Chat", "llava": "liuhaotian/llava-v1.5-7b"}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What to load and how to run it; None means the default that the README's table names.
+
+    `ckpt_path`: checkpoint folder, hub id or bundle. `model_type`: the family, checked against the
+    checkpoint. `quantization` ("int8", "int4") wins over `act_type` ("fp32", …); neither is
+    `precision="auto"`. Bytes and counts: `kv_cache_bytes`, `image_cache_bytes`, `max_batch_size`
+    (sequences side by side), `token_budget` (tokens of one step), `threads`.
+    """
+
+    model_type: str | None = None
+    ckpt_path: str | None = None
+    tokenizer_path: str | None = None
+    act_type: str | None = None
+    quantization: str | None = None
+    max_seq_len: int | None = None
+    backend: str = "onnxruntime"
+    device: str = "cpu"
+    revision: str | None = None
+    vision_tower: str | None = None
+    conversation: str | None = None
+    kv_cache_bytes: int | None = None
+    image_cache_bytes: int = 2**28
+    max_batch_size: int = 16
+    token_budget: int = 512
+    threads: int | None = None
+
+    @property
+    def precision(self) -> str:
+        return self.quantization or self.act_type or "auto"
+
+
+@dataclass
+class Model:
+    """An opened bundle: `tokenizer` (a `tokenizers.Tokenizer`) and the engine that all callers share."""
+
+    bundle: Bundle
+    tokenizer: Tokenizer
+    engine: Engine
+
+
+class ModelFactory:
+    @staticmethod
+    def from_huggingface(
+        name_or_path: str | os.PathLike[str],
+        revision: str | None = None,
+        model_config: ModelConfig | None = None,
+    ) -> Model:
+        """Open a bundle, or export a checkpoint once into the user's cache folder and open that.
+
+        `name_or_path`: hub id, checkpoint folder, or bundle folder. The cache folder is
+        `RTP_LLM_CACHE`, else `rtp_llm` in the user's cache folder. Raises CheckpointError,
+        BundleError, MissingDependency.
+        """
+        config = model_config or ModelConfig()
+        config = dataclasses.replace(
+            config, ckpt_path=os.fspath(name_or_path), revision=revision or config.revision
+        )
+        return ModelFactory.from_model_config(config)
+
+    @staticmethod
+    def from_model_config(config: ModelConfig) -> Model:
+        """As `from_huggingface`, everything in one ModelConfig."""
+        path = config.ckpt_path or MODEL_TYPES.get(config.model_type or "")
+        if not path:
+            raise UserError(
+                f"ModelConfig: give ckpt_path, or a model_type of {sorted(MODEL_TYPES)}; "
+                f"model_type is {config.model_type!r}"
+            )
+        if config.device != "cpu":
+            raise UserError(f"ModelConfig: device={config.device!r} is not supported yet, use 'cpu'")
+        return _open(bundle_of(path, config), config)
+
+    @staticmethod
+    def create_from_env() -> Model:
+        """A model from MODEL_TYPE, CHECKPOINT_PATH, TOKENIZER_PATH, ACT_TYPE, QUANTIZATION and
+        MAX_SEQ_LEN."""
+        env = os.environ
+        length = env.get("MAX_SEQ_LEN")
+        if length and not length.isdigit():
+            raise UserError(f"MAX_SEQ_LEN={length!r} must be a number of tokens")
+        return ModelFactory.from_model_config(
+            ModelConfig(
+                model_type=env.get("MODEL_TYPE"),
+                ckpt_path=env.get("CHECKPOINT_PATH"),
+                tokenizer_path=env.get("TOKENIZER_PATH"),
+                act_type=env.get("ACT_TYPE"),
+                quantization=env.get("QUANTIZATION"),
+                max_seq_len=int(length) if length else None,
+            )
+        )
+
+
+def cache_folder() -> Path:
+    """Where checkpoints opened without an export step keep their bundles."""
+    if own := os.environ.get("RTP_LLM_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rtp_llm"
+
+
+def bundle_of(path: str, config: ModelConfig) -> Bundle:
+    """The bundle at `path`, or the one exported from the checkpoint there."""
+    if is_bundle(path):
+        bundle = read(path)
+        if config.model_type and bundle.model.family != config.model_type:
+            raise BundleError(
+                f"{path} holds a {bundle.model.family} model, model_type is {config.model_type!r}"
+            )
+        wanted = config.precision
+        if wanted not in ("auto", bundle.precision):
+            raise BundleError(
+                f"{path} has precision {bundle.precision}, {wanted!r} was asked for: "
+                f"export the checkpoint with --precision {wanted}"
+            )
+        return bundle
+    from .export.exporter import export
+
+    options: dict[str, Any] = {
+        "model": config.model_type,
+        "backend": config.backend,
+        "precision": config.precision,
+        "vision_tower": config.vision_tower,
+        "conversation": config.conversation,
+        "revision": config.revision,
+    }
+    name = re.sub(r"[^\w.-]+", "--", Path(path).name if os.path.exists(path) else path)
+    if os.path.exists(path):  # two folders may bear one name
+        from hashlib import sha256
+
+        name += "-" + sha256(str(Path(path).resolve()).encode()).hexdigest()[:8]
+    options["tokenizer"] = config.tokenizer_path
+    variant = "-".join(
+        str(v) for k, v in options.items() if v and k in ("precision", "conversation", "revision")
+    )
+    output = cache_folder() / "bundles" / re.sub(r"[^\w.-]+", "_", f"{name}-{variant}")
+    return export(path, output, **options)
+
+
+def _open(bundle: Bundle, config: ModelConfig) -> Model:
+    from tokenizers import Tokenizer
+
+    file = bundle.read_path(bundle.tokenizer)
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as e:
+        raise BundleError(f"{file} is no tokenizer: {e}") from e
+    backend = open_backend(
+        bundle,
+        slots=config.max_batch_size,
+        max_seq_len=config.max_seq_len,
+        kv_cache_bytes=config.kv_cache_bytes,
+        threads=config.threads,
+    )
+    engine = Engine(backend, bundle.model, config.token_budget, config.image_cache_bytes)
+    return Model(bundle, tokenizer, engine)

@@ -1,0 +1,228 @@
+"""Pipeline: a prompt and pictures in, answers out; the front door for Python."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+from collections import deque
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from .errors import GenerateConfigError, RtpLlmError, UserError
+from .runtime.media import MediaPolicy
+from .runtime.prompt import EncodedPrompt, PromptEncoder
+from .runtime.request import (
+    AuxInfo,
+    Collector,
+    GenerateOutput,
+    GenerateResponse,
+    Request,
+    image_list,
+)
+
+if TYPE_CHECKING:
+    from .model_factory import Model
+
+__all__ = ["AuxInfo", "GenerateOutput", "GenerateResponse", "Pipeline"]
+
+
+class Pipeline:
+    """Answers from a model. Threads and coroutines that share one Pipeline share one batch.
+
+    `stop()` gives memory and threads back and may be called again and again; a later call starts them
+    anew. After a `with` block a call raises.
+    """
+
+    def __init__(
+        self, model: Model, tokenizer: Any = None, media_policy: MediaPolicy | None = None
+    ):
+        self.model = model
+        # a transformers fast tokenizer carries the real one inside
+        self.tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer) or model.tokenizer
+        self.media_policy = media_policy or MediaPolicy()
+        self._prompts = PromptEncoder(model.bundle.prompt, self.tokenizer)
+        self._left = False
+
+    def __call__(
+        self,
+        prompt: str | list[int],
+        urls: Any = None,
+        images: Any = None,
+        generate_config: Mapping[str, Any] | None = None,
+        **overrides: Any,
+    ) -> Iterator[GenerateResponse]:
+        """A lazy iterator: one response per step, the last one with `finished=True`.
+
+        `prompt` holds the family's image tags; `urls` (or `images`): URLs, data URIs, paths, bytes,
+        file objects or PIL images, in order. `overrides` win over `generate_config`. Leaving the
+        iterator early cancels the request. Raises UserError and its kinds at the first step.
+        """
+        config = _merge(generate_config, overrides)
+        return self._run(lambda: self._request(self._encode(prompt, urls, images), config))
+
+    def chat(
+        self,
+        messages: list[dict[str, Any]],
+        generate_config: Mapping[str, Any] | None = None,
+        **overrides: Any,
+    ) -> Iterator[GenerateResponse]:
+        """The OpenAI message list, through the checkpoint's own chat template; as `__call__`.
+
+        Text in messages is only text; pictures come from `image_url` and `image` parts.
+        """
+        config = _merge(generate_config, overrides)
+        return self._run(lambda: self._request(self._prompts.encode_chat(messages), config))
+
+    async def pipeline_async(
+        self,
+        prompt: str | list[int] | None = None,
+        urls: Any = None,
+        images: Any = None,
+        generate_config: Mapping[str, Any] | None = None,
+        *,
+        messages: list[dict[str, Any]] | None = None,
+        **overrides: Any,
+    ) -> AsyncIterator[GenerateResponse]:
+        """The same as an async generator; `messages` instead of `prompt` for a chat."""
+        config = _merge(generate_config, overrides)
+        if (prompt is None) == (messages is None):
+            raise UserError("give either prompt or messages")
+        loop = asyncio.get_running_loop()
+
+        def make() -> Request:
+            if messages is not None:
+                return self._request(self._prompts.encode_chat(messages), config)
+            assert prompt is not None
+            return self._request(self._encode(prompt, urls, images), config)
+
+        # fetching and decoding pictures would block the loop
+        request = await loop.run_in_executor(None, make)
+        events: asyncio.Queue[Any] = asyncio.Queue()
+
+        def publish(event: Any) -> None:
+            try:
+                loop.call_soon_threadsafe(events.put_nowait, event)
+            except RuntimeError:  # the loop is closed: nobody listens any more
+                request.cancel()
+
+        collector = Collector(request)
+        request.start(publish)
+        try:
+            while not collector.finished:
+                collector.add(await events.get())
+                while request.params.answers > 1 and not events.empty():
+                    collector.add(events.get_nowait())
+                yield collector.response()
+        finally:
+            request.cancel()
+
+    def batch(
+        self, requests: Iterable[Mapping[str, Any]], in_flight: int | None = None
+    ) -> Iterator[tuple[int, GenerateResponse | RtpLlmError]]:
+        """Many requests sharing the batch: yields (index, last response or error) in input order.
+
+        A request is a dict of `prompt` (with `urls` or `images`) or `messages`, and
+        `generate_config`. One that fails never touches the others. At most `in_flight` (default:
+        twice the slots) are taken from `requests` ahead of the answers.
+        """
+        window = in_flight or 2 * self.model.engine.backend.slots
+        waiting: deque[tuple[int, Any]] = deque()  # (request, its events) or an error
+        numbered = enumerate(requests)
+        try:
+            while True:
+                while len(waiting) < window and (item := next(numbered, None)) is not None:
+                    index, one = item
+                    try:
+                        request = self._one(one)
+                        waiting.append((index, (request, self._start(request))))
+                    except RtpLlmError as e:
+                        waiting.append((index, e))
+                if not waiting:
+                    return
+                index, started = waiting.popleft()
+                if isinstance(started, RtpLlmError):
+                    yield index, started
+                    continue
+                result: GenerateResponse | RtpLlmError
+                try:
+                    result = deque(self._responses(*started), maxlen=1).pop()
+                except RtpLlmError as e:
+                    result = e
+                yield index, result
+        finally:
+            for _, started in waiting:
+                if not isinstance(started, RtpLlmError):
+                    started[0].cancel()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, control tokens parsed, nothing added."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: int | list[int]) -> str:
+        """Text of token ids, control tokens shown."""
+        return self.tokenizer.decode(
+            [ids] if isinstance(ids, int) else list(ids), skip_special_tokens=False
+        )
+
+    def stop(self) -> None:
+        """Release threads and caches; idempotent; a later call starts them again."""
+        self.model.engine.stop()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self._left = True
+
+    def _encode(self, prompt: str | list[int], urls: Any, images: Any) -> EncodedPrompt:
+        if urls is not None and images is not None:
+            raise UserError("urls and images are two names of one argument: give one of them")
+        return self._prompts.encode_prompt(prompt, image_list(urls if images is None else images))
+
+    def _request(self, encoded: EncodedPrompt, config: Mapping[str, Any]) -> Request:
+        if self._left:
+            raise UserError("this Pipeline's `with` block was left: make a new Pipeline")
+        return Request(self.model, encoded, config, self.media_policy)
+
+    def _one(self, one: Mapping[str, Any]) -> Request:
+        known = {"prompt", "urls", "images", "messages", "generate_config"}
+        if unknown := sorted(set(one) - known):
+            raise UserError(f"batch: unknown field {unknown[0]!r}, known are {sorted(known)}")
+        config = one.get("generate_config")
+        if ("prompt" in one) == ("messages" in one):
+            raise UserError("batch: a request has either prompt or messages")
+        if "messages" in one:
+            encoded = self._prompts.encode_chat(one["messages"])
+        else:
+            encoded = self._encode(one["prompt"], one.get("urls"), one.get("images"))
+        return self._request(encoded, _merge(config, {}))
+
+    def _run(self, make: Any) -> Iterator[GenerateResponse]:
+        request = make()
+        yield from self._responses(request, self._start(request))
+
+    def _start(self, request: Request) -> queue.SimpleQueue[Any]:
+        events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        request.start(events.put)
+        return events
+
+    def _responses(
+        self, request: Request, events: queue.SimpleQueue[Any]
+    ) -> Iterator[GenerateResponse]:
+        collector = Collector(request)
+        try:
+            while not collector.finished:
+                collector.add(events.get())
+                # several answers advance in one step: one response for all of them
+                while request.params.answers > 1 and not events.empty():
+                    collector.add(events.get_nowait())
+                yield collector.response()
+        finally:
+            request.cancel()
+
+
+def _merge(config: Mapping[str, Any] | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    if config is not None and not isinstance(config, Mapping):
+        raise GenerateConfigError(f"generate_config is {config!r}, expected a dict")
+    return {**(config or {}), **overrides}
