@@ -479,7 +479,7 @@ class _Graph:
                 continue  # written with its weight
             short = name.removeprefix(self.root)
             base = re.sub(r"\.(scales|zero_points)$", ".weight", short)
-            kind = stored.get(base, "plain")
+            kind = stored.get(self.root + base, "plain")
             if short in self.constants:
                 writer.put(file, place(name), self.constants[short], key, short)
             elif base not in self.weights:
@@ -493,6 +493,8 @@ class _Graph:
                 writer.put(file, place(name), self.weights[base].read().t(), key, base)
             else:
                 writer.put_rows(file, place(name), self.weights[base], key, base)
+            if file.tell() != offset:
+                raise InternalError(f"{key} graph: {name} was stored with another size than its shape's")
 
 
 class _Writer:
@@ -529,10 +531,11 @@ class _Writer:
 
 
 def _chunks(weight: Weight) -> Iterator[Tensor]:
+    if weight.transform is not None:
+        yield weight.read()  # whole: the rows may become others
+        return
     height = sum(shape[0] if shape else 1 for _, shape in weight.parts)
     step = max(1, CHUNK // max(1, math.prod(weight.parts[0][1][1:])))
-    if weight.transform is not None:
-        step = height  # it is read whole anyway
     for start in range(0, height, step):
         yield weight.read(start, min(start + step, height))
 
