@@ -99,7 +99,7 @@ class ImageRules:
 
     tags: list[str]  # literal tags whose image comes from `urls`, in order: ["<img/>"], ["<image>"]
     url_tag: list[str]  # ["<img>", "</img>"]: the tag itself names the image; [] where there is none
-    token_id: int  # stands in every image slot of input_ids; may be ≥ vocab_size or an added token's id
+    token_id: int  # stands in every image slot of input_ids; -200, or an id ≥ vocab_size, or a token's
     prefix_ids: list[int]  # ids before the slots of each image: [<img>]
     suffix_ids: list[int]  # and after them: [</img>]
     inline: bool  # True: tags are tokens of the tokenizer, the whole text is tokenised at once (-hf);
@@ -117,8 +117,10 @@ class ChatRules:
     """How a message list becomes a prompt.
 
     kind "pieces": each turn is `turns[role]`, a list of pieces that are tokenised apart and joined
-    (Qwen-VL). kind "jinja": `template` renders the OpenAI message list to text that is tokenised as
-    one, typed text staying literal.
+    (Qwen-VL). kind "jinja": `template` renders the messages to text that is tokenised as one raw
+    prompt, typed text staying literal. It sees `messages` (OpenAI's, whose contents are lists of parts
+    where `parts` is True, else strings with the images first), `system` (the caller's, or the default),
+    `turns` (the messages without it), `add_generation_prompt` and the strings of `tokens`.
     """
 
     kind: str
@@ -128,6 +130,8 @@ class ChatRules:
     system: str | None = None  # default system text
     image: str = ""  # how an image part is written: "Picture {n}:{image}\n", "{image}\n"
     template: str = ""
+    parts: bool = False
+    tokens: dict[str, str] = field(default_factory=dict)  # {"bos_token": "<s>", …}
     history_tokens: int = 0  # newest turns while their sum stays strictly below; 0 = all
 
 
@@ -137,7 +141,6 @@ class PromptRules:
     nfc: bool  # normalise text to NFC before anything else
     image: ImageRules
     chat: ChatRules
-    keep_special: list[str] = field(default_factory=list)  # shown even with skip_special_tokens
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from ...errors import CheckpointError, NotSupportedYet
-from ..bundle import GenerationSpec, VisionSpec
+from ..bundle import VisionSpec
 from ..checkpoint import Checkpoint, Weight, resolve
+from ..conversation import hf_prompt, original_prompt
 from ..decoder import DecoderConfig
 from ..vision import CLIP_MEAN, CLIP_STD, ClipConfig, LlavaVision
-from . import Options, Plan, generation_defaults, max_seq_len, token_ids, vision_weights
+from . import Options, Plan, max_seq_len, vision_weights
 
 KINDS = {
     "LlavaLlamaForCausalLM": "llama",

@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 
 from ...errors import CheckpointError
-from ..bundle import GenerationSpec, VisionSpec
+from ..bundle import VisionSpec
 from ..checkpoint import Checkpoint, Weight
+from ..conversation import qwen_prompt
 from ..decoder import DecoderConfig, ntk_tables
 from ..vision import QwenVisual
-from . import Options, Plan, generation_defaults, max_seq_len, vision_weights
+from . import Options, Plan, max_seq_len, vision_weights
 
 
 def plan(checkpoint: Checkpoint, options: Options) -> Plan:
@@ -28,7 +29,6 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
         raise CheckpointError("--vision-tower is for LLaVA: Qwen-VL's tower is in its checkpoint")
     folder = Path(options.tokenizer) if options.tokenizer else checkpoint.path
     generation = checkpoint.json("generation_config.json")
-    tokenizer, prompt, eos_ids = prompt_rules(folder, generation, options)
     return Plan(
         architecture="QWenLMHeadModel",
         decoder=decoder,
@@ -36,9 +36,7 @@ def plan(checkpoint: Checkpoint, options: Options) -> Plan:
         vision=VisionSpec("square", vision.image_size, vision.tokens, vision.hidden_size),
         make_vision=lambda: QwenVisual(**visual),
         vision_weights=vision_weights(vision, vision.sources(), checkpoint),
-        prompt=prompt,
-        generation=GenerationSpec(eos_ids, [], generation_defaults(generation)),
-        tokenizer=tokenizer,
+        **qwen_prompt(folder, generation, options),
         folders=[checkpoint.path, *([folder] if options.tokenizer else [])],
     )
 
