@@ -1,6 +1,6 @@
 """ONNX Runtime on the CPU: the `gqa` lowering, caches in place.
 
-Each layer's keys and values are one buffer [slots, kv_heads, slot_tokens, head_dim]. A step runs on the
+Each layer's keys and values are one buffer [slots, kv_heads, 2 · slot_tokens, head_dim]. A step runs on the
 leading slots: a contiguous slice is bound as both past and present, so nothing is copied. Untouched pages
 of a buffer cost no memory, and a freed slot's pages go back to the system.
 """
@@ -68,6 +68,10 @@ class OnnxBackend:
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         options.enable_mem_pattern = False  # shapes change every step: a pattern would never repeat
+        if spec.precision == "fp32" and self._bytes(spec.path) > available_memory() // 4:
+            # Repacked weights are a copy. As they are they stay in the mapped file, whose pages the
+            # system takes back when it needs room.
+            options.add_session_config_entry("session.disable_prepacking", "1")
         path = self.bundle.read_path(spec.path)
         try:
             session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
@@ -76,12 +80,16 @@ class OnnxBackend:
             raise BundleError(f"{path} cannot be opened by ONNX Runtime: {line}") from e
         return session
 
+    def _bytes(self, graph: str) -> int:
+        return sum(f.size for name, f in self.bundle.files.items() if name.startswith(graph))
+
     def _open_decoder(self) -> None:
         if self._decoder is None:
             self._decoder = self._session("decoder")
         if not self._caches:
             model = self.bundle.model
-            shape = (self.slots, model.kv_heads, self.slot_tokens, model.head_dim)
+            # the node wants room for a step's longest row behind every row's past: at worst a second slot
+            shape = (self.slots, model.kv_heads, 2 * self.slot_tokens, model.head_dim)
             for i in range(model.layers):
                 for kind in ("key", "value"):
                     memory, array = _allocate(shape)
