@@ -1,0 +1,57 @@
+"""Fixtures that many tests share: the reference outputs, the sample checkpoints and their bundles."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from rtp_llm.export.bundle import Bundle
+
+ROOT = Path(__file__).resolve().parent.parent
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub, and a dead one is slow to notice
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    """The folder of reference outputs, which lies beside the clone."""
+    path = ROOT.parent / "shared" / "goldens"
+    if not path.is_dir():
+        pytest.skip("no reference outputs: ../shared/goldens, beside the clone, does not exist")
+    return path
+
+
+@pytest.fixture(scope="session")
+def sample_qwen() -> Path:
+    return ROOT / "tests" / "checkpoints" / "qwen_vl_shapes"
+
+
+@pytest.fixture(scope="session")
+def sample_llava() -> Path:
+    return ROOT / "tests" / "checkpoints" / "llava_shapes"
+
+
+@pytest.fixture(scope="session")
+def red_circle() -> Path:
+    return ROOT / "tests" / "images" / "red_circle.png"
+
+
+def _export(checkpoint: Path, output: Path) -> Bundle:
+    from rtp_llm.export.exporter import export
+
+    return export(checkpoint, output, precision="fp32")
+
+
+@pytest.fixture(scope="session")
+def qwen_bundle(sample_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Qwen-VL sample as a float32 bundle; shared, so not to be changed."""
+    return _export(sample_qwen, tmp_path_factory.mktemp("bundles") / "qwen").path
+
+
+@pytest.fixture(scope="session")
+def llava_bundle(sample_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The LLaVA sample as a float32 bundle; shared, so not to be changed."""
+    return _export(sample_llava, tmp_path_factory.mktemp("bundles") / "llava").path
