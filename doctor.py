@@ -1,0 +1,208 @@
+"""`rtp-llm doctor`: what works on this machine, and the fix for what does not."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+
+OK, NOTE, BROKEN = "ok", "note", "broken"
+RUNTIME = ("numpy", "PIL", "tokenizers", "jinja2", "psutil")  # what every answer needs
+EXPORT = (
+    "torch",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "safetensors",
+    "huggingface_hub",
+    "transformers",
+    "sentencepiece",
+)
+ORT = (
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-directml",
+    "onnxruntime-openvino",
+    "onnxruntime-silicon",
+)
+
+
+@dataclass
+class Check:
+    """`status`: ok; note (works without, or not everything works); broken (something needed)."""
+
+    name: str
+    status: str
+    found: str
+    fix: str = ""
+
+
+def examine() -> list[Check]:
+    """All checks, in order; none raises."""
+    gpu = _gpu()
+    checks: list[tuple[str, Callable[[], Check]]] = [
+        ("python", _python),
+        ("packages", _packages),
+        ("torch", lambda: _torch(gpu)),
+        ("export", _exporter),
+        ("onnxruntime", lambda: _onnxruntime(gpu)),
+        ("gpu", lambda: Check("gpu", OK if gpu else NOTE, gpu or "none: answers come from the CPU")),
+        ("tensorrt", _tensorrt),
+        ("tritonserver", _tritonserver),
+        ("hub", _hub),
+        ("memory", _memory),
+    ]
+    return [_safe(name, check) for name, check in checks]
+
+
+def _safe(name: str, check: Callable[[], Check]) -> Check:
+    try:
+        return check()
+    except Exception as e:  # a broken package may raise anything
+        line = " ".join(f"{type(e).__name__}: {e}".split())
+        return Check(name, BROKEN, line, "reinstall the package that the error names")
+
+
+def version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _broken_import(module: str) -> str | None:
+    """Why a module cannot be imported; None if it can."""
+    try:
+        importlib.import_module(module)
+    except Exception as e:
+        return " ".join(f"{type(e).__name__}: {e}".split())
+    return None
+
+
+def _python() -> Check:
+    found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    if sys.version_info < (3, 11):  # noqa: UP036  (a wheel may be forced in)
+        return Check("python", BROKEN, found, "install Python 3.11 or later")
+    if other := version("rtp-llm"):
+        return Check("python", BROKEN, f"{found}, beside rtp-llm {other}, which has the same import name",
+                     "use an environment of its own, or: pip uninstall rtp-llm")  # fmt: skip
+    return Check("python", OK, found)
+
+
+def _packages() -> Check:
+    bad = {m: why for m in RUNTIME if (why := _broken_import(m))}
+    if bad:
+        names = " ".join("pillow" if m == "PIL" else m for m in bad)
+        return Check("packages", BROKEN, "; ".join(bad.values()), f"pip install {names}")
+    return Check("packages", OK, ", ".join("pillow" if m == "PIL" else m for m in RUNTIME))
+
+
+def _torch(gpu: str | None) -> Check:
+    found = version("torch")
+    if found is None:
+        return Check("torch", NOTE, "not installed: bundles run, nothing can be exported",
+                     "pip install torch (with uv: --torch-backend=cpu for the small build)")  # fmt: skip
+    if why := _broken_import("torch"):
+        return Check("torch", BROKEN, why, "pip install --force-reinstall torch")
+    import torch
+
+    if gpu and not torch.cuda.is_available():
+        return Check("torch", NOTE, f"{found}, which does not see the GPU",
+                     "install a CUDA build of torch; an export works without")  # fmt: skip
+    return Check("torch", OK, found + (f", CUDA {torch.version.cuda}" if torch.cuda.is_available() else ""))
+
+
+def _exporter() -> Check:
+    bad = {m: why for m in EXPORT[1:] if (why := _broken_import(m))}
+    if bad:
+        return Check(
+            "export", NOTE, "; ".join(bad.values()), f"pip install {' '.join(bad)}".replace("_", "-")
+        )
+    return Check("export", OK, ", ".join(f"{m} {version(m)}" for m in EXPORT[1:]))
+
+
+def _onnxruntime(gpu: str | None) -> Check:
+    installed = [name for name in ORT if version(name)]
+    if len(installed) > 1:
+        keep = "onnxruntime-gpu" if gpu and "onnxruntime-gpu" in installed else "onnxruntime"
+        return Check(
+            "onnxruntime", BROKEN, f"{' and '.join(installed)} are both installed and overwrite each other",
+            f"pip uninstall -y {' '.join(installed)} && pip install {keep}",
+        )  # fmt: skip
+    if why := _broken_import("onnxruntime"):
+        return Check("onnxruntime", BROKEN, why, "pip install onnxruntime (or onnxruntime-gpu)")
+    import onnxruntime
+
+    providers = [p.removesuffix("ExecutionProvider") for p in onnxruntime.get_available_providers()]
+    found = f"{onnxruntime.__version__}, providers {', '.join(providers)}"
+    if gpu and "CUDA" not in providers:
+        return Check("onnxruntime", NOTE, f"{found}: the GPU is not used",
+                     "pip uninstall -y onnxruntime && pip install onnxruntime-gpu")  # fmt: skip
+    return Check("onnxruntime", OK, found)
+
+
+def _gpu() -> str | None:
+    """Name, memory and driver of the first GPU."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        out = subprocess.run(query, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return out.stdout.strip().splitlines()[0] if out.returncode == 0 and out.stdout.strip() else None
+
+
+def _tensorrt() -> Check:
+    if not (found := version("tensorrt")):
+        return Check("tensorrt", NOTE, "not installed: no TensorRT engines (which are not supported yet)",
+                     "on Linux with an NVIDIA GPU: pip install tensorrt")  # fmt: skip
+    if why := _broken_import("tensorrt"):
+        return Check("tensorrt", NOTE, why, "pip install --force-reinstall tensorrt")
+    return Check("tensorrt", OK, found)
+
+
+def _tritonserver() -> Check:
+    if path := shutil.which("tritonserver"):
+        return Check("tritonserver", OK, path)
+    return Check("tritonserver", NOTE, "not found (serving through it is not supported yet)",
+                 "run inside NVIDIA's Triton Inference Server container")  # fmt: skip
+
+
+def _hub() -> Check:
+    try:
+        import huggingface_hub.constants as hub
+    except ImportError:
+        return Check("hub", NOTE, "huggingface_hub is not installed: only local checkpoints open",
+                     "pip install huggingface_hub")  # fmt: skip
+    if hub.is_offline_mode():
+        return Check(
+            "hub", NOTE, "offline: HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE to download checkpoints"
+        )
+    try:
+        urllib.request.urlopen(urllib.request.Request(hub.ENDPOINT, method="HEAD"), timeout=5).close()
+    except urllib.error.HTTPError:
+        pass  # it answers
+    except OSError as e:
+        why = " ".join(str(getattr(e, "reason", e)).split())
+        fix = "give local checkpoints with --checkpoint PATH, or set HTTPS_PROXY or HF_ENDPOINT"
+        return Check("hub", NOTE, f"{hub.ENDPOINT} cannot be reached: {why}", fix)
+    token = "with a token" if os.environ.get("HF_TOKEN") else "without a token"
+    return Check("hub", OK, f"{hub.ENDPOINT} answers, {token}")
+
+
+def _memory() -> Check:
+    import psutil
+
+    memory, disk = psutil.virtual_memory(), shutil.disk_usage(".")
+    found = f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free"
+    cores = psutil.cpu_count(logical=False) or psutil.cpu_count()
+    return Check("memory", OK, f"{found}, {cores} cores, {disk.free / 1e9:.1f} GB of disk free here")
