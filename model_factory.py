@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +19,8 @@ from .runtime.engine import Engine
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+    from .export.exporter import Progress
 
 MODEL_TYPES = {"qwen_vl": "Qwen/Qwen-VL-Chat", "llava": "liuhaotian/llava-v1.5-7b"}
 
@@ -81,8 +86,13 @@ class ModelFactory:
         return ModelFactory.from_model_config(config)
 
     @staticmethod
-    def from_model_config(config: ModelConfig) -> Model:
-        """As `from_huggingface`, everything in one ModelConfig."""
+    def from_model_config(
+        config: ModelConfig, progress: Callable[[Progress], None] | None = None
+    ) -> Model:
+        """As `from_huggingface`, everything in one ModelConfig.
+
+        progress: hears of an export, in place of lines on stderr.
+        """
         path = config.ckpt_path or MODEL_TYPES.get(config.model_type or "")
         if not path:
             raise UserError(
@@ -91,7 +101,7 @@ class ModelFactory:
             )
         if config.device != "cpu":
             raise UserError(f"ModelConfig: device={config.device!r} is not supported yet, use 'cpu'")
-        return _open(bundle_of(path, config), config)
+        return _open(bundle_of(path, config, progress), config)
 
     @staticmethod
     def create_from_env() -> Model:
@@ -120,8 +130,10 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rtp_llm"
 
 
-def bundle_of(path: str, config: ModelConfig) -> Bundle:
-    """The bundle at `path`, or the one exported from the checkpoint there."""
+def bundle_of(
+    path: str, config: ModelConfig, progress: Callable[[Progress], None] | None = None
+) -> Bundle:
+    """The bundle at `path`, or the one exported from the checkpoint there, with progress on stderr."""
     if is_bundle(path):
         bundle = read(path)
         if config.model_type and bundle.model.family != config.model_type:
@@ -135,7 +147,7 @@ def bundle_of(path: str, config: ModelConfig) -> Bundle:
                 f"export the checkpoint with --precision {wanted}"
             )
         return bundle
-    from .export.exporter import export
+    from .export.exporter import StderrProgress, export
 
     options: dict[str, Any] = {
         "model": config.model_type,
@@ -143,19 +155,15 @@ def bundle_of(path: str, config: ModelConfig) -> Bundle:
         "precision": config.precision,
         "vision_tower": config.vision_tower,
         "conversation": config.conversation,
+        "tokenizer": config.tokenizer_path,
         "revision": config.revision,
     }
+    # readable, and of its own for each folder (two may bear one name) and each set of options
+    where = str(Path(path).resolve()) if os.path.exists(path) else path
     name = re.sub(r"[^\w.-]+", "--", Path(path).name if os.path.exists(path) else path)
-    if os.path.exists(path):  # two folders may bear one name
-        from hashlib import sha256
-
-        name += "-" + sha256(str(Path(path).resolve()).encode()).hexdigest()[:8]
-    options["tokenizer"] = config.tokenizer_path
-    variant = "-".join(
-        str(v) for k, v in options.items() if v and k in ("precision", "conversation", "revision")
-    )
-    output = cache_folder() / "bundles" / re.sub(r"[^\w.-]+", "_", f"{name}-{variant}")
-    return export(path, output, **options)
+    key = hashlib.sha256(json.dumps([where, options]).encode()).hexdigest()[:12]
+    output = cache_folder() / "bundles" / f"{name}-{config.precision}-{key}"
+    return export(path, output, **options, progress=progress or StderrProgress())
 
 
 def _open(bundle: Bundle, config: ModelConfig) -> Model:

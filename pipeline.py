@@ -40,7 +40,10 @@ class Pipeline:
         # a transformers fast tokenizer carries the real one inside
         self.tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer) or model.tokenizer
         self.media_policy = media_policy or MediaPolicy()
-        self._prompts = PromptEncoder(model.bundle.prompt, self.tokenizer)
+        bundle = model.bundle
+        self._prompts = PromptEncoder(
+            bundle.prompt, self.tokenizer, bundle.model.vocab_size, bundle.vision.tokens
+        )
         self._left = False
 
     def __call__(
@@ -155,14 +158,12 @@ class Pipeline:
                     started[0].cancel()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, control tokens parsed, nothing added."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        """Token ids as the checkpoint's own tokenizer gives them: bos included, control tokens parsed."""
+        return self._prompts.text_ids(text)
 
     def decode(self, ids: int | list[int]) -> str:
         """Text of token ids, control tokens shown."""
-        return self.tokenizer.decode(
-            [ids] if isinstance(ids, int) else list(ids), skip_special_tokens=False
-        )
+        return self._prompts.text_of([ids] if isinstance(ids, int) else list(ids))
 
     def stop(self) -> None:
         """Release threads and caches; idempotent; a later call starts them again."""

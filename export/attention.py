@@ -71,8 +71,8 @@ class Eager:
             mask = key <= query
             if self.c.window:
                 mask &= key > query - self.c.window
-            heads = (x.transpose(0, 1) for x in (q1, k1, v1))  # [heads, tokens, D]
-            o = F.scaled_dot_product_attention(*heads, attn_mask=mask, enable_gqa=True)
+            q1, k1, v1 = (x.transpose(0, 1) for x in (q1, k1, v1))  # [heads, tokens, D]
+            o = F.scaled_dot_product_attention(q1, k1, v1, attn_mask=mask, enable_gqa=True)
             out.append(o.transpose(0, 1).flatten(1))
         self.presents.append(present)
         return torch.cat(out)

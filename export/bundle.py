@@ -11,13 +11,15 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import types
 import typing
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 from ..errors import BundleError
 
@@ -210,7 +212,8 @@ def _decode(cls: Any, value: Any, where: str) -> Any:
                 kwargs[name] = _decode(hints[name], value[name], f"{where}.{name}")
             elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
                 raise BundleError(f"{MANIFEST}: {where}.{name} is missing")
-        return cls(**kwargs)
+        made: Any = cls
+        return made(**kwargs)
     if origin is list:
         if not isinstance(value, list):
             raise BundleError(f"{MANIFEST}: {where} is {value!r}, expected a list")
@@ -247,7 +250,7 @@ def read(path: str | os.PathLike[str], check_hashes: bool = False) -> Bundle:
         raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}")
     try:
         data = json.loads(manifest.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:
         raise BundleError(f"{manifest} is not valid JSON: {e}") from e
     schema = data.get("schema") if isinstance(data, dict) else None
     if not isinstance(schema, int):
@@ -261,10 +264,14 @@ def read(path: str | os.PathLike[str], check_hashes: bool = False) -> Bundle:
         raise BundleError(f"{path} has bundle schema {schema}, expected {SCHEMA}: export it again")
     bundle = _decode(Bundle, data, "bundle")
     for name, spec in bundle.files.items():
-        file = (root / name).resolve()
+        try:
+            file = (root / name).resolve()
+            there = file.is_file()
+        except (OSError, ValueError) as e:  # too long, or with a NUL
+            raise BundleError(f"{MANIFEST}: file {name[:80]!r} is no file name") from e
         if not file.is_relative_to(root):
             raise BundleError(f"{MANIFEST}: file {name!r} lies outside the bundle")
-        if not file.is_file():
+        if not there:
             raise BundleError(f"{path}: file {name} is missing; export the checkpoint again")
         if file.stat().st_size != spec.size:
             raise BundleError(
@@ -291,23 +298,37 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     On an error, Ctrl-C included, nothing stays; an existing `path` is replaced only at the end.
     """
-    final = Path(path).absolute()
+    final = Path(path).resolve()  # a link stays one
     final.parent.mkdir(parents=True, exist_ok=True)
-    partial = final.parent / f".{final.name}.partial-{os.getpid()}"
-    for left in final.parent.glob(f".{final.name}.partial-*"):
-        if not _alive(int(left.name.rsplit("-", 1)[1])):
-            shutil.rmtree(left, ignore_errors=True)  # of a killed export
-    shutil.rmtree(partial, ignore_errors=True)
+    _tidy(final)
+    partial, old = (final.parent / f".{final.name}.{kind}-{os.getpid()}" for kind in ("partial", "old"))
     partial.mkdir()
     try:
         yield partial
-        old = final.parent / f".{final.name}.old-{os.getpid()}"
-        if final.exists():
-            final.rename(old)
-        partial.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
+        try:
+            if final.exists():
+                final.rename(old)
+            partial.rename(final)
+        except BaseException:
+            if old.exists() and not final.exists():
+                old.rename(final)
+            raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _tidy(final: Path) -> None:
+    """Of exports that were killed: a half bundle goes, an old one that they had set aside comes back."""
+    for left in list(final.parent.iterdir()):
+        found = re.fullmatch(rf"\.{re.escape(final.name)}\.(partial|old)-(\d{{1,9}})", left.name)
+        if not found or (int(found[2]) != os.getpid() and _alive(int(found[2]))):
+            continue
+        if found[1] == "old" and not final.exists():
+            left.rename(final)
+        else:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _alive(pid: int) -> bool:

@@ -97,17 +97,19 @@ class Checkpoint:
             raise CheckpointError(f"{file} is not valid JSON: {e}") from e
         if not isinstance(data, dict):
             raise CheckpointError(f"{file} holds {type(data).__name__}, expected an object")
-        data.file = file
-        return data
+        fields = Fields(data)
+        fields.file = file
+        return fields
 
     def _find(self) -> dict[str, str]:
         for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
             if not (self.path / index).is_file():
                 continue
-            shards = self.json(index).get("weight_map")
-            if not isinstance(shards, dict) or not shards:
+            shards: Any = self.json(index).get("weight_map")
+            names = list(shards.values()) if isinstance(shards, dict) else []
+            if not names or not all(isinstance(name, str) for name in names):
                 raise CheckpointError(f"{self.path / index} has no weight_map")
-            for shard in sorted(set(shards.values())):
+            for shard in sorted(set(names)):
                 file = self.path / shard
                 if file.parent != self.path:
                     raise CheckpointError(f"{index}: shard {shard!r} lies outside the checkpoint")
@@ -209,27 +211,35 @@ def _safetensors(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"shard {file} is no safetensors file: {e}") from e
     if header is None:
         raise CheckpointError(f"shard {file} is truncated: {size} bytes, its header ends at {start}")
-    header.pop("__metadata__", None)
-    end = start + max((t["data_offsets"][1] for t in header.values()), default=0)
+    specs = {}
+    try:
+        header.pop("__metadata__", None)
+        for name, spec in header.items():
+            low, high = map(int, spec["data_offsets"])
+            specs[name] = (str(spec["dtype"]), [int(n) for n in spec["shape"]], low, high)
+            if low < 0:
+                raise ValueError(f"tensor {name} starts at {low}")
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise CheckpointError(f"shard {file} is no safetensors file: its header is damaged ({e!r})") from e
+    end = start + max((high for _, _, _, high in specs.values()), default=0)
     if end > size:
         raise CheckpointError(f"shard {file} is truncated: {size} bytes, its header wants {end}")
     tensors = {}
-    for name, spec in header.items():
-        if (dtype := types.get(spec["dtype"])) is None:
-            raise CheckpointError(f"shard {file}: tensor {name} has unknown type {spec['dtype']}")
-        low, high = spec["data_offsets"]
-        count = math.prod(spec["shape"])
+    for name, (kind, shape, low, high) in specs.items():
+        if (dtype := types.get(kind)) is None:
+            raise CheckpointError(f"shard {file}: tensor {name} has unknown type {kind}")
+        count = math.prod(shape)
         if count * dtype.itemsize != high - low:
             raise CheckpointError(
-                f"shard {file}: tensor {name} has {high - low} bytes, its shape {spec['shape']} and type "
-                f"{spec['dtype']} want {count * dtype.itemsize}"
+                f"shard {file}: tensor {name} has {high - low} bytes, its shape {shape} and type "
+                f"{kind} want {count * dtype.itemsize}"
             )
         flat = (
             torch.frombuffer(memory, dtype=dtype, count=count, offset=start + low)
             if count
             else torch.empty(0, dtype=dtype)
         )
-        tensors[name] = flat.view(spec["shape"])
+        tensors[name] = flat.view(shape)
     return tensors
 
 

@@ -135,7 +135,7 @@ def export(
         },
         tools=_tools(),
     )
-    tell(Progress(f"{name}: {family}, {architecture}, {count / 1e9:.2f} billion parameters"))
+    tell(Progress(f"{name}: {family}, {architecture}, {_count(count)} parameters"))
     if (kept := _kept(final, origin)) and not force:
         tell(Progress(f"{final} is already the export of this checkpoint (--force redoes it)"))
         return kept
@@ -292,6 +292,10 @@ def _smaller(precision: str) -> str:
 
 def _size(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _count(count: int) -> str:
+    return f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.2f} million"
 
 
 def _model_spec(plan: Plan, family: str, count: int) -> ModelSpec:

@@ -52,6 +52,10 @@ def dequantize(packed: Tensor, scales: Tensor, zero_points: Tensor, columns: int
 
 
 class _Quantized(nn.Module):
+    weight: Tensor
+    scales: Tensor
+    zero_points: Tensor
+
     def __init__(self, rows: int, columns: int, bits: int, embedding: bool = False):
         super().__init__()
         self.rows, self.columns, self.bits = rows, columns, bits

@@ -113,9 +113,8 @@ def from_tiktoken(file: Path) -> Tokenizer:
     spelled = {token: "".join(letters[b] for b in token) for token in ranks}
     merges: list[tuple[str, str]] = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        if len(token) > 1:
-            if (pair := _last_merge(token, rank, ranks)) is not None:
-                merges.append((spelled[pair[0]], spelled[pair[1]]))
+        if pair := _last_merge(token, rank, ranks):
+            merges.append((spelled[pair[0]], spelled[pair[1]]))
     vocab = {spelled[token]: rank for token, rank in ranks.items()}
     # tiktoken looks a whole word up before it merges
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
@@ -145,6 +144,10 @@ def _last_merge(token: bytes, rank: int, ranks: Mapping[bytes, int]) -> tuple[by
 
     In any text the parts are these: a rank's merge comes after all lower ones. None: it is never merged.
     """
+    cuts = ((token[:i], token[i:]) for i in range(1, len(token)))
+    pairs = [(left, right) for left, right in cuts if left in ranks and right in ranks]
+    if len(pairs) < 2:
+        return pairs[0] if pairs else None
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         candidates = [
@@ -154,7 +157,7 @@ def _last_merge(token: bytes, rank: int, ranks: Mapping[bytes, int]) -> tuple[by
         if lowest >= rank:
             return None
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return (parts[0], parts[1]) if all(p in ranks for p in parts) else None
+    return parts[0], parts[1]
 
 
 def from_sentencepiece(file: Path, legacy: bool) -> Tokenizer:

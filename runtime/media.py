@@ -196,7 +196,8 @@ def _decode(data: bytes, name: str, policy: MediaPolicy) -> Image.Image:
             f"format ({', '.join(_formats())})"
         ) from e
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-        raise ImageInputTooLong(f"{name} has too many pixels: {e}") from e
+        limit = f"{policy.max_pixels:,}"
+        raise ImageInputTooLong(f"{name} has too many pixels, the limit is {limit}: {e}") from e
     except Exception as e:  # decoders of hostile data raise anything
         raise ImageDecodeError(f"{name} cannot be decoded: {e}") from e
     return _loaded(image, name, policy)

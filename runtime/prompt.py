@@ -116,10 +116,47 @@ class PromptEncoder:
             return self._checked(self._rendered(turns))
         return self._checked(self._pieces(turns))
 
+    def text_ids(self, text: str) -> list[int]:
+        """What the checkpoint's own tokenizer makes of a text, bos included.
+
+        Control tokens are parsed; where its tokenizer writes image slots (Qwen-VL), they are there.
+        """
+        bos, text = list(self.rules.bos_ids), self._normal(text)
+        if not self.rules.image.url_tag:
+            return bos + self._text.encode(text)
+        encoded = self._raw(text)
+        lengths = [self.image_tokens] * len(encoded.slots)
+        return bos + expand(encoded, lengths, self.rules.image.token_id)[0]
+
+    def text_of(self, ids: Sequence[int]) -> str:
+        """The text of ids, control tokens shown; an image tag for what stands for images."""
+        image = self.rules.image
+        if image.token_id < 0:
+            parts = itertools.groupby(ids, lambda i: i == image.token_id)
+            return "".join(
+                image.tags[0] * len(list(part)) if is_image else self._show(list(part))
+                for is_image, part in parts
+            )
+        if not image.url_tag:
+            return self._show(list(ids))
+        text, done = "", 0
+        for at, i in enumerate(ids):
+            high = at + 1 + self.image_tokens
+            if i == image.prefix_ids[-1] and list(ids[high : high + 1]) == image.suffix_ids:
+                slots = list(ids[at + 1 : high])
+                if set(slots) == {image.token_id} or self._url(slots):
+                    text += self._show(list(ids[done : at + 1])) + (self._url(slots) or "")
+                    done = high
+        return text + self._show(list(ids[done:]))
+
+    def _show(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The text that a chat becomes, control tokens and one image token per image shown."""
         encoded = self.encode_chat(messages)
-        image = self.tokenizer.id_to_token(self.rules.image.token_id) or self.rules.image.tags[0]
+        number = self.rules.image.token_id
+        image = (self.tokenizer.id_to_token(number) if number >= 0 else None) or self.rules.image.tags[0]
         cuts = [0, *encoded.slots, len(encoded.ids)]
         return image.join(
             self.tokenizer.decode(encoded.ids[low:high], skip_special_tokens=False)
@@ -214,6 +251,7 @@ class PromptEncoder:
             ids.append(i)
         if not ids:
             raise EmptyPrompt("the prompt has no token ids")
+        urls = self._urls_in_slots(ids)
         encoded, at = EncodedPrompt(), 0
         runs: list[int] = []  # lengths of the image tokens' runs
         before, after = rules.prefix_ids, rules.suffix_ids
@@ -233,7 +271,33 @@ class PromptEncoder:
                 f"before image tokens ({rules.token_id}) and {after}"
             )
         slots = [at for at, n in zip(encoded.slots, counts, strict=True) for _ in range(n)]
-        return _assigned(EncodedPrompt(encoded.ids, slots, [None] * len(slots)), images)
+        sources = urls or [None] * len(slots)
+        return _assigned(EncodedPrompt(encoded.ids, slots, sources), images)
+
+    def _urls_in_slots(self, ids: list[int]) -> list[str | None]:
+        """Qwen-VL's tokenizer keeps an image's URL in its slots: id b for byte b, padded with image
+        tokens. Makes image tokens of all slots, in place; returns the URL of each image, or None.
+        """
+        rules, urls = self.rules.image, []
+        if not rules.url_tag or not self.image_tokens:
+            return []
+        opened, closed = rules.prefix_ids[-1], rules.suffix_ids[0]
+        for at, i in enumerate(ids):
+            low, high = at + 1, at + 1 + self.image_tokens
+            if i != opened:
+                continue
+            url, full = None, ids[high : high + 1] == [closed]
+            if full and (held := self._url(ids[low:high])):
+                url, ids[low:high] = held, [rules.token_id] * self.image_tokens
+            urls.append(url)
+        return urls
+
+    def _url(self, slots: list[int]) -> str | None:
+        pad = self.rules.image.token_id
+        end = next((n for n, i in enumerate(slots) if i == pad), len(slots))
+        if not end or any(i > 255 for i in slots[:end]) or set(slots[end:]) - {pad}:
+            return None
+        return bytes(slots[:end]).decode("utf-8", "replace")
 
     def _images_of(self, runs: list[int], count: int) -> list[int]:
         """How many images each run of image tokens stands for: one token or all its slots per image."""

@@ -285,7 +285,7 @@ def decoder_weights(
             "gate_up": ([("mlp.gate_proj", inner), ("mlp.up_proj", inner)], hidden, d.mlp_bias),
             "down": ([("mlp.down_proj", hidden)], inner, d.mlp_bias),
         }
-        layer = {
+        layer: dict[str, list[tuple[str, tuple[int, ...]]]] = {
             "attention_norm.weight": [("input_layernorm.weight", (hidden,))],
             "mlp_norm.weight": [("post_attention_layernorm.weight", (hidden,))],
         }

@@ -79,7 +79,7 @@ def decoder_weights(checkpoint: Checkpoint, d: DecoderConfig) -> dict[str, Weigh
         "head.weight": Weight(checkpoint, (("lm_head.weight", (d.vocab_size, hidden)),)),
     }
     for i in range(d.layers):
-        layer = {
+        layer: dict[str, list[tuple[str, tuple[int, ...]]]] = {
             "attention_norm.weight": [("ln_1.weight", (hidden,))],
             "qkv.weight": [("attn.c_attn.weight", (3 * width, hidden))],
             "qkv.bias": [("attn.c_attn.bias", (3 * width,))],

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...errors import BundleError, MissingDependency, VisionGraphMissing
+from ...errors import BundleError, MissingDependency, UserError, VisionGraphMissing
 from ...export.bundle import Bundle
-from ..kv_cache import BLOCK, blocks_for
+from ..kv_cache import BLOCK
 from ..step import Step
 
 if TYPE_CHECKING:
@@ -35,7 +35,9 @@ def _import() -> Any:
 
 
 class OnnxBackend:
-    """Raises BundleError when a graph cannot be opened, MissingDependency without ONNX Runtime."""
+    """Raises BundleError when a graph cannot be opened, MissingDependency without ONNX Runtime,
+    UserError for an impossible max_seq_len.
+    """
 
     def __init__(
         self,
@@ -48,7 +50,12 @@ class OnnxBackend:
         self.bundle = bundle
         model = bundle.model
         self.slots = slots
-        self.slot_tokens = blocks_for(min(max_seq_len or model.max_seq_len, model.max_seq_len)) * BLOCK
+        length = max_seq_len or model.max_seq_len
+        if not 0 < length <= model.max_seq_len:
+            raise UserError(
+                f"max_seq_len={max_seq_len} must lie between 1 and {model.max_seq_len}, the bundle's limit"
+            )
+        self.slot_tokens = length
         self._token_bytes = 2 * 4 * model.layers * model.kv_heads * model.head_dim
         kv_cache_bytes = kv_cache_bytes or available_memory() // 4
         self.budget_blocks = max(1, kv_cache_bytes // (self._token_bytes * BLOCK))
