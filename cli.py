@@ -379,3 +379,7 @@ def _chat(args: argparse.Namespace) -> int:
             talk.ask(args.prompt)
             return 0
         return talk.loop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

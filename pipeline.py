@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .errors import GenerateConfigError, RtpLlmError, UserError
+from .errors import GenerateConfigError, InternalError, RtpLlmError, UserError
 from .runtime.media import MediaPolicy
 from .runtime.prompt import EncodedPrompt, PromptEncoder
 from .runtime.request import (
@@ -138,8 +138,8 @@ class Pipeline:
                     try:
                         request = self._one(one)
                         waiting.append((index, (request, self._start(request))))
-                    except RtpLlmError as e:
-                        waiting.append((index, e))
+                    except Exception as e:
+                        waiting.append((index, _error(e)))
                 if not waiting:
                     return
                 index, started = waiting.popleft()
@@ -149,8 +149,8 @@ class Pipeline:
                 result: GenerateResponse | RtpLlmError
                 try:
                     result = deque(self._responses(*started), maxlen=1).pop()
-                except RtpLlmError as e:
-                    result = e
+                except Exception as e:
+                    result = _error(e)
                 yield index, result
         finally:
             for _, started in waiting:
@@ -188,6 +188,8 @@ class Pipeline:
 
     def _one(self, one: Mapping[str, Any]) -> Request:
         known = {"prompt", "urls", "images", "messages", "generate_config"}
+        if not isinstance(one, Mapping):
+            raise UserError(f"batch: a request is {type(one).__name__}, expected a dict")
         if unknown := sorted(set(one) - known):
             raise UserError(f"batch: unknown field {unknown[0]!r}, known are {sorted(known)}")
         config = one.get("generate_config")
@@ -221,6 +223,10 @@ class Pipeline:
                 yield collector.response()
         finally:
             request.cancel()
+
+
+def _error(e: Exception) -> RtpLlmError:
+    return e if isinstance(e, RtpLlmError) else InternalError(f"{type(e).__name__}: {e}")
 
 
 def _merge(config: Mapping[str, Any] | None, overrides: Mapping[str, Any]) -> dict[str, Any]:

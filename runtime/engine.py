@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ..errors import GenerationTimeout, InternalError, RtpLlmError, VisionFailed
+from ..errors import GenerationTimeout, InternalError, PromptTooLong, RtpLlmError, VisionFailed
 from ..export.bundle import ModelSpec
 from .backends import Backend
 from .kv_cache import SlotCache
@@ -122,7 +122,10 @@ class Engine:
             self._jobs[job.sequence] = job
             self.images.hold(job.images)
             job.sequence.images_ready = self.images.ready(job.images)
-            self.scheduler.add(job.sequence)
+            if self.cache.fits(job.sequence.prompt_len + job.sequence.max_new_tokens):
+                self.scheduler.add(job.sequence)
+            else:  # it would wait for ever, and all behind it
+                self._end(job.sequence, "error", PromptTooLong("the sequence is longer than the cache"))
         for sequence in cancelled:
             self._end(sequence, "cancelled")
         now = time.monotonic()
@@ -151,7 +154,7 @@ class Engine:
             self.images.encode_some()
         except Exception as e:
             error = e if isinstance(e, RtpLlmError) else VisionFailed(f"vision graph: {e}")
-            for sequence in waiting:
+            for sequence in [s for s in waiting if self.images.lost(self._jobs[s].images)]:
                 self._end(sequence, "error", error)
             return
         for sequence in waiting:

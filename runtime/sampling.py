@@ -57,7 +57,7 @@ class Sampler:
         if p.repetition_penalty != 1:
             scores = scores.copy()
             # image slots hold ids that are no words: they are not penalised
-            seen = np.unique([t for t in sequence.tokens if 0 <= t < len(scores)])
+            seen = np.unique([t for t in sequence.tokens if 0 <= t < len(scores)]).astype(np.int64)
             at = scores[seen]
             scores[seen] = np.where(at > 0, at / p.repetition_penalty, at * p.repetition_penalty)
         if (p.presence_penalty or p.frequency_penalty) and generated:
@@ -90,8 +90,10 @@ class Sampler:
             # ties at the border stay, as in transformers
             keep = scores >= np.partition(scores, -p.top_k)[-p.top_k]
             ids, scores = ids[keep], scores[keep]
-        x = scores.astype(np.float64) / p.temperature
-        probs = np.exp(x - x.max())
+        x = scores.astype(np.float64)
+        # the largest becomes 0 first: no temperature is too small for it
+        with np.errstate(over="ignore"):
+            probs = np.exp((x - x.max()) / p.temperature)
         probs /= probs.sum()
         order = np.argsort(-probs, kind="stable")
         probs, ids = probs[order], ids[order]

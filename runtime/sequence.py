@@ -108,13 +108,15 @@ class SamplingParams:
                 near = difflib.get_close_matches(given, [*_FIELDS, *ALIASES], 1, 0)
                 hint = f"; the nearest known one is {near[0]!r}" if near else ""
                 raise GenerateConfigError(f"generate_config: unknown field {given!r}{hint}")
+            if value is None:
+                continue  # not given
             if name in values and values[name] != value:
                 raise GenerateConfigError(
                     f"generate_config: {given!r} is another name of {name!r}, "
                     f"and both are given: {value!r} and {values[name]!r}"
                 )
             values[name] = value
-        merged = dict(defaults or {}) | {k: v for k, v in values.items() if v is not None}
+        merged = dict(defaults or {}) | values
         params = cls(**{k: _CHECKS[k](k, v) for k, v in merged.items()})
         if params.top_logprobs and not params.logprobs:
             params = dataclasses.replace(params, logprobs=True)
@@ -145,7 +147,7 @@ def _fail(name: str, value: Any, right: str) -> Any:
 
 def _int(low: int, high: float = float("inf"), right: str = "") -> Callable[[str, Any], Any]:
     def check(name: str, value: Any) -> int:
-        ok = not isinstance(value, bool) and isinstance(value, int | float) and value == int(value)
+        ok = type(value) is int or (isinstance(value, float) and value.is_integer())
         if not ok or not low <= value <= high:
             _fail(name, value, right or f"an integer ≥ {low}")
         return int(value)
@@ -193,6 +195,13 @@ def _id_lists(name: str, value: Any) -> list[list[int]]:
     return [_ids(name, v) for v in value]
 
 
+def _shape(name: str, value: Any) -> list[int]:
+    ok = isinstance(value, list | tuple) and len(value) == 2
+    if not ok or not all(type(i) is int and i > 0 for i in value):
+        _fail(name, value, "[height, width], two integers ≥ 1")
+    return list(value)
+
+
 def _any(name: str, value: Any) -> Any:
     return value
 
@@ -236,7 +245,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "ebnf": _text,
     "min_pixels": _int(1),
     "max_pixels": _int(1),
-    "resized_shape": _ids,
+    "resized_shape": _shape,
     "timeout_ms": _int(1),
     "adapter_name": _text,
     "reuse_cache": _bool,

@@ -53,6 +53,10 @@ class EmbeddingCache(Mapping[bytes, np.ndarray]):
     def ready(self, keys: Iterable[bytes]) -> bool:
         return all(key in self._rows for key in keys)
 
+    def lost(self, keys: Iterable[bytes]) -> bool:
+        """Whether an image was forgotten because its batch failed."""
+        return any(key not in self._rows and key not in self._pixels for key in keys)
+
     def encode_some(self) -> list[bytes]:
         """Encode one batch of the images that wait; returns their keys.
 
@@ -66,7 +70,7 @@ class EmbeddingCache(Mapping[bytes, np.ndarray]):
         keys = [k for k in keys if self._pixels[k].shape == shape]
         pixels = np.stack([self._pixels.pop(k) for k in keys])
         for key, rows in zip(keys, self._encode(pixels), strict=True):
-            self._rows[key] = np.ascontiguousarray(rows)
+            self._rows[key] = rows.copy()  # a view would keep the whole batch alive
             self.bytes += rows.nbytes
         self._shrink()
         return keys

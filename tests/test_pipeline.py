@@ -6,7 +6,6 @@ import asyncio
 import base64
 import functools
 import io
-import re
 import threading
 import time
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -63,27 +62,6 @@ def engine_is_empty(pipeline: Pipeline) -> bool:
             return True
         time.sleep(0.02)
     return False
-
-
-# ------------------------------------------------------------------------------------- the tutorial
-
-
-def test_the_readme_snippet_runs_word_for_word(
-    sample_qwen, images_url, tmp_path, monkeypatch, capsys
-):
-    block = re.search(r"```python\n(import os\nfrom rtp_llm.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert block is not None
-    code = block[1]
-    for old, new in (
-        ("Qwen/Qwen-VL-Chat", str(sample_qwen)),
-        ("https://…/demo.jpeg", f"{images_url}/red_circle.png"),
-    ):
-        assert old in code
-        code = code.replace(old, new)
-    monkeypatch.setenv("RTP_LLM_CACHE", str(tmp_path))
-    exec(compile(code, "README.md", "exec"), {})
-    printed = capsys.readouterr().out.splitlines()
-    assert printed.count("['a red circle']") >= 2  # the last response of each loop
 
 
 # ------------------------------------------------------------------------------------------- calls
@@ -303,7 +281,6 @@ def test_stop_may_be_repeated_and_a_later_call_starts_again(qwen_bundle):
     before = text(pipeline("Hello", **GREEDY))
     pipeline.stop()
     pipeline.stop()
-    assert not [t for t in threading.enumerate() if t.name == "rtp-llm-engine" and t.is_alive()] or True
     assert pipeline.model.engine._thread is None
     assert text(pipeline("Hello", **GREEDY)) == before
     pipeline.stop()
@@ -390,6 +367,7 @@ def test_opening_the_sample_bundle_and_answering_takes_under_5_seconds(qwen_bund
     best = 99.0
     for _ in range(3):  # the machine is noisy
         start = time.monotonic()
-        subprocess.run([*command, "What is this?"], check=True, capture_output=True)
+        done = subprocess.run([*command, "What is this?"], check=True, capture_output=True, text=True)
         best = min(best, time.monotonic() - start)
+    assert done.stdout.strip() == "a red circle"
     assert best < 5

@@ -1,0 +1,477 @@
+"""Each answer equals what its request alone gives, whatever else happens to the engine."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rtp_llm.errors import GenerationTimeout, InternalError, PromptTooLong, RtpLlmError, VisionFailed
+from rtp_llm.export.bundle import ModelSpec, RopeSpec
+from rtp_llm.runtime.backends.fake import FakeBackend
+from rtp_llm.runtime.engine import Engine, prompt_losses
+from rtp_llm.runtime.sampling import Sampled, Sampler
+from rtp_llm.runtime.sequence import ImageSpan, Row, SamplingParams, Sequence
+from rtp_llm.runtime.step import Step
+
+VOCAB, WAIT = 50, 20
+MODEL = ModelSpec("f", "A", VOCAB, 4, 1, 1, 1, 16, 256, RopeSpec("linear", [256]), "gqa", 0)
+IMAGES = {bytes([i]): np.full((2, 2, 3), 10 * i + 1, np.uint8) for i in range(4)}
+
+
+class Backend(FakeBackend):
+    """Records its steps, and breaks on order."""
+
+    def __init__(self, **options: Any):
+        super().__init__(MODEL, **options)
+        self.shapes: list[list[int]] = []
+        self.encoded: list[int] = []
+        self.released: list[int] = []
+        self.broken_step = 0  # the step with this number fails
+        self.broken_pixel = -1  # a batch with this pixel fails
+        self.entered = threading.Event()
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        self.encoded += pixels[:, 0, 0, 0].tolist()
+        if (pixels == self.broken_pixel).any():
+            raise MemoryError("no room")
+        return super().encode(pixels)
+
+    def step(self, step: Step) -> np.ndarray:
+        self.entered.set()
+        assert self.gate.wait(WAIT)
+        self.shapes.append(step.counts)
+        if len(self.shapes) == self.broken_step:
+            raise OSError("device lost")
+        return super().step(step)
+
+    def release(self, slot: int) -> None:
+        self.released.append(slot)
+        super().release(slot)
+
+
+class Heard:
+    """A listener that remembers, and checks that nothing follows the end."""
+
+    def __init__(self, stop_after: int | None = None):
+        self.stop_after = stop_after
+        self.tokens: list[int] = []
+        self.sampled: list[Sampled] = []
+        self.losses_: list[np.ndarray] = []
+        self.ends: list[tuple[str, RtpLlmError | None]] = []
+        self.done = threading.Event()
+        self.on_token: Callable[[], None] = lambda: None
+
+    def token(self, sequence: Sequence, sampled: Sampled) -> str | None:
+        assert not self.ends
+        self.tokens.append(sampled.token)
+        self.sampled.append(sampled)
+        self.on_token()
+        return "stop" if len(self.tokens) == self.stop_after else None
+
+    def losses(self, sequence: Sequence, losses: np.ndarray) -> None:
+        assert not self.ends and not self.tokens
+        self.losses_.append(losses)
+
+    def end(self, sequence: Sequence, reason: str, error: RtpLlmError | None) -> None:
+        self.ends.append((reason, error))
+        self.done.set()
+
+    @property
+    def reason(self) -> str:
+        (end,) = self.ends  # exactly once
+        return end[0]
+
+    @property
+    def error(self) -> RtpLlmError | None:
+        (end,) = self.ends
+        return end[1]
+
+
+class Ask:
+    """One request: text with images at its start, and who listens."""
+
+    def __init__(
+        self, text: list[int], images: tuple[int, ...] = (), new: int = 5, eos: tuple[int, ...] = (),
+        stop_after: int | None = None, **config: Any,
+    ):  # fmt: skip
+        tokens, spans = [], []
+        for i in images:
+            tokens.append(1)
+            spans.append(ImageSpan(len(tokens), 4, bytes([i])))
+            tokens += [-200] * 4
+        params = SamplingParams.from_config(config)
+        tokens += text
+        self.sequence = Sequence(tokens, len(tokens), params, new, frozenset(eos), spans)
+        self.heard = Heard(stop_after)
+        self.images = {bytes([i]): IMAGES[bytes([i])] for i in images}
+        self.sampler = lambda: Sampler(VOCAB, 0, params.random_seed or 0)
+        self.prompt = list(tokens)
+
+    def submit(self, engine: Engine) -> Ask:
+        engine.submit(self.sequence, self.sampler(), self.heard, self.images)
+        return self
+
+    def wait(self) -> Ask:
+        assert self.heard.done.wait(WAIT)
+        return self
+
+    def alone(self) -> tuple[list[int], str]:
+        """Tokens and reason by a plain loop over the fake model."""
+        s = self.sequence
+        own = Sequence(list(self.prompt), len(self.prompt), s.params, s.max_new_tokens, s.eos_ids)
+        sampler, out = self.sampler(), []
+        while len(out) < s.max_new_tokens:
+            logits = np.zeros(VOCAB, np.float32)
+            values = list(own.tokens)
+            for span in s.images:
+                pixels = IMAGES[span.key].astype(int).sum() % 1000
+                values[span.start : span.start + span.length] = [pixels] * span.length
+            logits[FakeBackend.next_token(values, VOCAB)] = 10
+            token = sampler(own, logits).token
+            own.tokens.append(token)
+            out.append(token)
+            if len(out) == self.heard.stop_after or token in s.eos_ids:
+                return out, "stop"
+        return out, "length"
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    made = Engine(Backend(), MODEL, token_budget=16)
+    yield made
+    made.stop()
+
+
+def backend_of(engine: Engine) -> Backend:
+    assert isinstance(engine.backend, Backend)
+    return engine.backend
+
+
+def free(engine: Engine) -> None:
+    """Nobody holds anything any more."""
+    assert engine.scheduler.idle and not engine._jobs
+    assert engine.cache.used == 0 and not any(engine.cache.holders)
+    assert sorted(engine.cache._free) == list(range(engine.cache.slots))
+    assert not engine.images._holders and not engine.images._pixels
+
+
+def by_hand(**options: Any) -> Engine:
+    """An engine whose rounds the test takes itself."""
+    budget = options.pop("token_budget", 16)
+    cache_bytes = options.pop("image_cache_bytes", 2**20)
+    engine = Engine(Backend(**options), MODEL, budget, cache_bytes)
+    engine._thread = threading.current_thread()
+    return engine
+
+
+def round_(engine: Engine) -> None:
+    try:
+        engine._take_in()
+        engine.step()
+    except Exception as e:
+        engine._fail_all(e)
+
+
+@st.composite
+def asks(draw: st.DrawFn) -> Ask:
+    config: dict[str, Any] = draw(
+        st.sampled_from(
+            [
+                {"top_k": 1},
+                {"top_k": 1, "repetition_penalty": 1.3},
+                {"random_seed": 3, "temperature": 3.0},
+                {"random_seed": 4, "temperature": 5.0, "top_p": 0.9},
+                {"top_k": 1, "calculate_loss": 2},
+            ]
+        )
+    )
+    return Ask(
+        draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=40)),
+        tuple(draw(st.lists(st.integers(0, 3), max_size=3))),
+        draw(st.integers(0, 8)),
+        draw(st.sampled_from([(), (), tuple(range(10))])),
+        draw(st.none() | st.integers(1, 6)),
+        **config,
+    )
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_mix_of_requests_cancellations_and_timeouts_leaves_each_its_own_answer(
+    data: st.DataObject,
+) -> None:
+    engine = by_hand(
+        slots=data.draw(st.integers(1, 4)),
+        slot_tokens=96,
+        budget_blocks=data.draw(st.integers(6, 24)),
+        token_budget=data.draw(st.integers(1, 40)),
+        image_cache_bytes=data.draw(st.sampled_from([0, 200, 2**20])),
+    )
+    everyone: list[Ask] = []
+    hurried: set[Ask] = set()
+    for action in data.draw(st.lists(st.sampled_from("aaassssct"), max_size=30)):
+        if action == "a":
+            everyone.append(data.draw(asks()).submit(engine))
+        elif action == "s":
+            round_(engine)
+        elif everyone:
+            ask = data.draw(st.sampled_from(everyone))
+            hurried.add(ask)
+            if action == "c":
+                engine.cancel(ask.sequence)
+            else:
+                ask.sequence.deadline = 0.0
+    for _ in range(600):
+        if all(a.heard.ends for a in everyone) and not engine._inbox:
+            break
+        round_(engine)
+    for ask in everyone:
+        tokens, reason = ask.alone()
+        if ask in hurried and ask.heard.reason in ("cancelled", "error"):
+            assert ask.heard.tokens == tokens[: len(ask.heard.tokens)]
+            timeout = isinstance(ask.heard.error, GenerationTimeout)
+            assert timeout or ask.heard.reason == "cancelled"
+        else:
+            assert (ask.heard.tokens, ask.heard.reason) == (tokens, reason)
+            assert ask.heard.error is None
+            assert ask.sequence.tokens == ask.prompt + tokens
+    engine._take_in()
+    free(engine)
+    assert all(len(counts) <= engine.cache.slots for counts in backend_of(engine).shapes)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(st.lists(asks(), min_size=1, max_size=8), st.integers(0, 10))
+def test_a_stop_at_any_time_ends_everyone_once_and_the_next_request_starts_anew(
+    everyone: list[Ask], tokens: int
+) -> None:
+    engine = Engine(Backend(slots=2), MODEL, token_budget=16)
+    reached = threading.Semaphore(0)
+    for ask in everyone:
+        ask.heard.on_token = reached.release
+        ask.submit(engine)
+    for _ in range(min(tokens, sum(len(a.alone()[0]) for a in everyone))):
+        assert reached.acquire(timeout=WAIT)
+    engine.stop()
+    for ask in everyone:
+        wanted, reason = ask.alone()
+        assert ask.heard.reason in (reason, "cancelled")
+        assert ask.heard.tokens == wanted[: len(ask.heard.tokens)]
+    free(engine)
+    assert len(engine.images) == 0
+    again = Ask([1, 2, 3], (1,), 4, top_k=1).submit(engine).wait()
+    assert (again.heard.tokens, again.heard.reason) == again.alone()
+    engine.stop()
+    engine.stop()
+    free(engine)
+
+
+def test_a_stopped_engine_has_no_thread(engine: Engine) -> None:
+    Ask([1, 2]).submit(engine).wait()
+    assert [t for t in threading.enumerate() if t is engine._thread]
+    thread = engine._thread
+    engine.stop()
+    assert engine._thread is None and thread not in threading.enumerate()
+
+
+def test_a_stop_before_anything_is_nothing() -> None:
+    Engine(Backend(), MODEL).stop()
+
+
+def test_threads_that_submit_together_share_steps(engine: Engine) -> None:
+    backend = backend_of(engine)
+    backend.gate.clear()  # all arrive while the first step runs
+    Ask([9], new=1).submit(engine)
+    assert backend.entered.wait(WAIT)
+    everyone = [Ask([i, i + 1], new=20, top_k=1) for i in range(12)]
+    threads = [threading.Thread(target=ask.submit, args=(engine,)) for ask in everyone]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT)
+    backend.gate.set()
+    for ask in everyone:
+        ask.wait()
+        assert (ask.heard.tokens, ask.heard.reason) == ask.alone()
+    # three groups of four slots, twenty tokens each, where one by one takes 240
+    assert backend.steps <= 70
+    assert max(map(len, backend.shapes)) == 4
+
+
+def test_one_step_mixes_a_chunk_of_a_prompt_with_a_decode() -> None:
+    engine = by_hand()
+    old, new = Ask([1, 2], new=6, top_k=1).submit(engine), Ask(list(range(40)), new=3, top_k=1)
+    round_(engine)
+    new.submit(engine)
+    round_(engine)
+    assert backend_of(engine).shapes == [[2], [1, 15]]
+    while not (old.heard.ends and new.heard.ends):
+        round_(engine)
+    for ask in (old, new):
+        assert (ask.heard.tokens, ask.heard.reason) == ask.alone()
+
+
+@pytest.mark.parametrize("rounds", range(9))
+def test_a_cancel_at_any_stage_frees_the_slot_its_blocks_and_its_images(rounds: int) -> None:
+    engine = by_hand(slots=1)
+    gone = Ask(list(range(30)), (0, 1), 50, top_k=1).submit(engine)
+    stays = Ask([5, 6], (1, 2), 3, top_k=1).submit(engine)
+    for _ in range(rounds):
+        round_(engine)
+    assert not gone.heard.ends
+    engine.cancel(gone.sequence)
+    engine.cancel(gone.sequence)  # twice is once
+    round_(engine)
+    assert gone.heard.reason == "cancelled" and gone.sequence.slot == -1
+    assert backend_of(engine).released == ([0] if rounds else [])
+    while not stays.heard.ends:
+        round_(engine)
+    assert (stays.heard.tokens, stays.heard.reason) == stays.alone()
+    engine.cancel(stays.sequence)  # it has ended already
+    engine._take_in()
+    assert stays.heard.reason == "length"
+    free(engine)
+
+
+def test_the_same_image_of_many_requests_is_encoded_once(engine: Engine) -> None:
+    everyone = [Ask([i], (2, 3), 2, top_k=1).submit(engine) for i in range(6)]
+    for ask in everyone:
+        ask.wait()
+        assert (ask.heard.tokens, ask.heard.reason) == ask.alone()
+    assert sorted(backend_of(engine).encoded) == [21, 31]
+
+
+def test_a_failed_image_batch_hurts_only_its_own_requests() -> None:
+    engine = by_hand()
+    engine.images.batch = 2
+    backend_of(engine).broken_pixel = 11  # image 1
+    bad = Ask([1], (0, 1)).submit(engine)
+    shares = Ask([2], (1,)).submit(engine)
+    good = Ask([3], (2, 3), 4, top_k=1).submit(engine)
+    text = Ask([4], (), 4, top_k=1).submit(engine)
+    for _ in range(12):
+        round_(engine)
+    for ask in (bad, shares):
+        assert isinstance(ask.heard.error, VisionFailed) and ask.heard.error.code == 907
+        assert "no room" in str(ask.heard.error) and not ask.heard.tokens
+    for ask in (good, text):
+        assert (ask.heard.tokens, ask.heard.reason) == ask.alone()
+    free(engine)
+    backend_of(engine).broken_pixel = -1
+    again = Ask([2], (1,), 3, top_k=1).submit(engine)  # it gets another chance
+    for _ in range(5):
+        round_(engine)
+    assert (again.heard.tokens, again.heard.reason) == again.alone()
+
+
+def test_a_broken_step_ends_everyone_with_an_error_and_the_next_is_served(engine: Engine) -> None:
+    backend = backend_of(engine)
+    backend.broken_step = 3
+    backend.gate.clear()
+    everyone = [Ask([i, 2], new=50, top_k=1).submit(engine) for i in range(6)]
+    backend.gate.set()
+    for ask in everyone:
+        ask.wait()
+        assert ask.heard.reason == "error" and isinstance(ask.heard.error, InternalError)
+        assert "device lost" in str(ask.heard.error)
+    again = Ask([7, 8], (1,), 4, top_k=1).submit(engine).wait()
+    assert (again.heard.tokens, again.heard.reason) == again.alone()
+    engine.stop()
+    free(engine)
+
+
+def test_a_timeout_ends_a_running_and_a_waiting_sequence_and_says_which_limit() -> None:
+    engine = by_hand(slots=1)
+    runs = Ask([1], new=50, top_k=1, timeout_ms=7).submit(engine)
+    waits = Ask([1], new=50, top_k=1, timeout_ms=8).submit(engine)
+    stays = Ask([3], new=4, top_k=1).submit(engine)
+    round_(engine)
+    runs.sequence.deadline = waits.sequence.deadline = time.monotonic()
+    for _ in range(6):
+        round_(engine)
+    for ask, limit in ((runs, 7), (waits, 8)):
+        assert isinstance(ask.heard.error, GenerationTimeout) and ask.heard.error.code == 514
+        assert str(ask.heard.error) == f"timeout_ms={limit} is over"
+    assert (stays.heard.tokens, stays.heard.reason) == stays.alone()
+    free(engine)
+
+
+def test_a_sequence_that_can_never_fit_is_refused_and_holds_up_nobody() -> None:
+    engine = by_hand(slots=2, slot_tokens=64)
+    long = Ask([1] * 60, (1,), 10).submit(engine)
+    short = Ask([2], new=4, top_k=1).submit(engine)
+    for _ in range(5):
+        round_(engine)
+    assert isinstance(long.heard.error, PromptTooLong)
+    assert (short.heard.tokens, short.heard.reason) == short.alone()
+    free(engine)
+
+
+def test_no_new_tokens_computes_the_prompt_and_ends(engine: Engine) -> None:
+    ask = Ask([1, 2, 3], new=0).submit(engine).wait()
+    assert ask.heard.tokens == [] and ask.heard.reason == "length"
+    assert ask.sequence.computed == 3
+
+
+def test_iterations_count_the_steps_of_a_sequence() -> None:
+    engine = by_hand(token_budget=4)
+    ask = Ask([1] * 10, new=5, top_k=1).submit(engine)
+    while not ask.heard.ends:
+        round_(engine)
+    assert ask.sequence.iterations == 3 + 4  # chunks of 4, 4, 2 with a token, and four more
+    assert ask.sequence.started >= ask.sequence.arrival
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=150),
+    st.lists(st.integers(0, 3), max_size=2),
+    st.integers(4, 200),
+)
+def test_losses_are_the_cross_entropy_of_every_word_however_the_prompt_is_cut(
+    text: list[int], images: list[int], budget: int
+) -> None:
+    engine = by_hand(token_budget=budget, slot_tokens=256)
+    ask = Ask(text, tuple(images), 2, top_k=1, calculate_loss=2).submit(engine)
+    while not ask.heard.ends:
+        round_(engine)
+    losses = np.concatenate(ask.heard.losses_) if ask.heard.losses_ else np.empty(0)
+    tokens = ask.prompt
+    assert losses.shape == (len(tokens) - 1,)
+    values = list(tokens)
+    for span in ask.sequence.images:
+        pixels = IMAGES[span.key].astype(int).sum() % 1000
+        values[span.start : span.start + span.length] = [pixels] * span.length
+    for i, loss in enumerate(losses):
+        if tokens[i + 1] < 0:
+            assert np.isnan(loss)
+            continue
+        guess = FakeBackend.next_token(values[: i + 1], VOCAB)
+        partition = np.log(np.exp(10.0) + VOCAB - 1)
+        wanted = partition - (10.0 if guess == tokens[i + 1] else 0.0)
+        assert loss == pytest.approx(wanted)
+    assert (ask.heard.tokens, ask.heard.reason) == ask.alone()
+
+
+def test_a_chunks_losses_are_numpys_formula_and_its_last_row_predicts_the_next_chunk() -> None:
+    tokens = [3, 7, -200, -200, 1, 4]
+    s = Sequence(tokens, 6, SamplingParams(), 1, frozenset(), [ImageSpan(2, 2, b"k")])
+    logits = np.random.default_rng(0).normal(size=(6, VOCAB)).astype(np.float32)
+    x = logits.astype(np.float64)
+    logp = x - np.log(np.exp(x).sum(-1, keepdims=True))
+    wanted = [-logp[0, 7], np.nan, np.nan, -logp[3, 1], -logp[4, 4]]
+    whole = prompt_losses(Row(s, 0, 6, "all"), logits)
+    np.testing.assert_allclose(whole, wanted)
+    for cut in range(1, 6):
+        first = prompt_losses(Row(s, 0, cut, "all"), logits[:cut])
+        rest = prompt_losses(Row(s, cut, 6 - cut, "all"), logits[cut:])
+        np.testing.assert_allclose(np.concatenate([first, rest]), wanted)
