@@ -149,8 +149,12 @@ def export(
     writer = _Writer(total, tell)
     try:
         with bundles.writing(final) as folder:
-            plan.tokenizer.save(str(folder / "tokenizer.json"))
+            # not its own save(), whose error on a full disk is no OSError
+            text = plan.tokenizer.to_str(pretty=True)
+            (folder / "tokenizer.json").write_text(text, encoding="utf-8")
             specs = {key: graph.write(folder, key, writer) for key, graph in graphs.items()}
+            if writer.done < total:  # which was an estimate
+                tell(Progress("all weights", total, total, time.monotonic() - writer.start))
             tell(Progress("computing checksums"))
             bundles.write(
                 folder,
@@ -255,7 +259,7 @@ def _kept(final: Path, origin: Origin) -> Bundle | None:
         there = bundles.read(final)
     except BundleError:
         return None  # damaged or of another schema: export anew
-    ours = [(o.fingerprint, o.options, o.tools["rtp_llm"], o.tools["exporter"])
+    ours = [(o.fingerprint, o.options, o.tools.get("rtp_llm"), o.tools.get("exporter"))
             for o in (there.origin, origin)]  # fmt: skip
     return there if ours[0] == ours[1] else None
 
@@ -428,6 +432,7 @@ class _Graph:
         fold_constants(model, onnx_shape_inference=False, input_size_limit=64, output_size_limit=64)
         passes.CommonSubexpressionEliminationPass()(model)
         passes.RemoveUnusedNodesPass()(model)
+        passes.ClearMetadataAndDocStringPass()(model)  # stack traces, with this machine's paths
         self._name_dimensions(model)
         return model, stored
 

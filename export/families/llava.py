@@ -78,6 +78,11 @@ def _plan_original(checkpoint: Checkpoint, options: Options) -> Plan:
     )
     with torch.device("meta"):
         vision = make()
+    if vision.hidden_size != decoder.hidden_size:
+        raise CheckpointError(
+            f"{c.file}: the identity projector gives rows of {vision.hidden_size}, expected "
+            f"{decoder.hidden_size}, the hidden_size"
+        )
     sources = vision.sources()
     projector = {n: s for n, s in sources.items() if n.startswith("projector.")}
     encoder = {n: s for n, s in sources.items() if n not in projector}
@@ -190,8 +195,9 @@ def _recipe(images: Mapping[str, Any], vision: LlavaVision, pad: bool, loading: 
     """preprocessor_config.json → the image recipe; what it leaves out is CLIP's default."""
     size = vision.image_size
     for field, value in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD)):
-        if any(abs(a - b) > 1e-6 for a, b in zip(images.get(field, value), value, strict=True)):
-            raise NotSupportedYet(f"{field} {images[field]} is not supported yet: CLIP's {list(value)} is")
+        found = images.get(field, value)
+        if len(found) != 3 or any(abs(a - b) > 1e-6 for a, b in zip(found, value, strict=True)):
+            raise NotSupportedYet(f"{field} {found} is not supported yet: CLIP's {list(value)} is")
     for field in ("do_resize", "do_center_crop", "do_rescale", "do_normalize"):
         if not images.get(field, True):
             raise NotSupportedYet(f"{field} = false in preprocessor_config.json is not supported yet")

@@ -1,0 +1,193 @@
+"""Weights in blocks of 32: what is packed is what ONNX Runtime computes with."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+
+from rtp_llm.export.quantize import (
+    BLOCK,
+    QuantEmbedding,
+    QuantLinear,
+    TransposedLinear,
+    dequantize,
+    quantize,
+    swap,
+)
+
+finite = st.floats(-1e4, 1e4, width=32).filter(lambda x: x == 0 or abs(x) > 1e-6)
+matrices = hnp.arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 100)), elements=finite)
+both = pytest.mark.parametrize("bits", [4, 8])
+
+
+def unpack(
+    packed: np.ndarray, scales: np.ndarray, zeros: np.ndarray, columns: int, bits: int
+) -> np.ndarray:
+    """MatMulNBits' formula, one number after another."""
+    found = np.zeros((packed.shape[0], columns), np.float32)
+    for row in range(packed.shape[0]):
+        for column in range(columns):
+            block, place = divmod(column, 32)
+            if bits == 8:
+                q, zero = int(packed[row, block, place]), int(zeros[row, block])
+            else:
+                q = int(packed[row, block, place // 2]) >> 4 * (place % 2) & 15
+                zero = int(zeros[row, block // 2]) >> 4 * (block % 2) & 15
+            found[row, column] = np.float32(q - zero) * scales[row, block]
+    return found
+
+
+@both
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(array=matrices)
+def test_dequantising_is_the_operators_formula(bits: int, array: np.ndarray):
+    packed, scales, zeros = quantize(torch.from_numpy(array.copy()), bits)
+    blocks = -(-array.shape[1] // BLOCK)
+    assert packed.dtype == zeros.dtype == torch.uint8 and scales.dtype == torch.float32
+    assert packed.shape == (len(array), blocks, BLOCK * bits // 8)
+    assert scales.shape == (len(array), blocks)
+    assert zeros.shape == (len(array), -(-blocks * bits // 8))
+    found = dequantize(packed, scales, zeros, array.shape[1], bits)
+    expected = unpack(packed.numpy(), scales.numpy(), zeros.numpy(), array.shape[1], bits)
+    np.testing.assert_array_equal(found.numpy(), expected)
+
+
+@both
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(array=matrices)
+def test_no_weight_moves_by_more_than_one_step_and_zero_stays_zero(bits: int, array: np.ndarray):
+    packed, scales, zeros = quantize(torch.from_numpy(array.copy()), bits)
+    found = dequantize(packed, scales, zeros, array.shape[1], bits).numpy()
+    for start in range(0, array.shape[1], BLOCK):
+        block = array[:, start : start + BLOCK]
+        low, high = block.min(1).clip(max=0), block.max(1).clip(min=0)
+        step = ((high - low) / (2**bits - 1))[:, None]
+        # half a step of rounding, and half of the zero point where a value is cut at the range's end
+        assert (np.abs(found[:, start : start + BLOCK] - block) <= step * 1.001).all()
+    assert (found[array == 0] == 0).all()
+
+
+@both
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data(), rows=st.integers(1, 3), blocks=st.integers(1, 5))
+def test_values_that_four_or_eight_bits_can_hold_come_back_exactly(bits, data, rows, blocks):
+    """Blocks that use their whole range: quantising is then undone without an error."""
+    top = 2**bits - 1
+    shape = (rows, blocks, BLOCK)
+    q = data.draw(hnp.arrays(np.int64, shape, elements=st.integers(0, top)))
+    q[..., 0], q[..., 1] = 0, top
+    zero = data.draw(hnp.arrays(np.int64, (rows, blocks, 1), elements=st.integers(0, top)))
+    weights = ((q - zero) * 2.0**-5).astype(np.float32).reshape(rows, -1)
+    packed = quantize(torch.from_numpy(weights), bits)
+    np.testing.assert_array_equal(dequantize(*packed, weights.shape[1], bits).numpy(), weights)
+
+
+@pytest.mark.parametrize("bits, error", [(4, 0.081), (8, 0.0048)])
+def test_the_error_on_gaussian_weights_is_what_the_module_says(bits: int, error: float):
+    torch.manual_seed(0)
+    weights = torch.randn(512, 1024)
+    found = dequantize(*quantize(weights, bits), 1024, bits)
+    assert float((found - weights).norm() / weights.norm()) == pytest.approx(error, rel=0.02)
+
+
+def run(op: str, attributes: dict, inputs: dict[str, np.ndarray], constants: dict[str, np.ndarray]):
+    """One com.microsoft node in ONNX Runtime; inputs named "" are absent."""
+    names = [*inputs, *constants]
+    order = attributes.pop("order", names)
+    kinds = {n: helper.np_dtype_to_tensor_dtype(a.dtype) for n, a in inputs.items()}
+    node = helper.make_node(op, order, ["y"], domain="com.microsoft", **attributes)
+    graph = helper.make_graph(
+        [node],
+        op,
+        [helper.make_tensor_value_info(n, kinds[n], a.shape) for n, a in inputs.items()],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(a, n) for n, a in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, inputs)[0]
+
+
+@both
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("columns", [32, 64, 96, 160, 20, 50, 72, 1000])
+def test_onnx_runtimes_matmul_computes_with_the_dequantised_weights(bits, rows, columns):
+    """Level 4 rounds each block of the input to 8 bits: at most max|x| / 127 / 2 on every element."""
+    generator = torch.Generator().manual_seed(columns)
+    weights = torch.randn(48, columns, generator=generator) + 0.3
+    x = torch.randn(rows, columns, generator=generator)
+    packed, scales, zeros = quantize(weights, bits)
+    attributes = {"N": 48, "K": columns, "bits": bits, "block_size": BLOCK, "accuracy_level": 4}
+    constants = {"w": packed.numpy(), "s": scales.numpy(), "z": zeros.numpy()}
+    found = run("MatMulNBits", attributes, {"x": x.numpy()}, constants)
+    dequantised = dequantize(packed, scales, zeros, columns, bits)
+    expected = x @ dequantised.t()
+    bound = torch.zeros_like(expected)
+    for xs, ws in zip(x.split(BLOCK, 1), dequantised.split(BLOCK, 1), strict=True):
+        bound += xs.abs().amax(1, keepdim=True) / 254 * ws.abs().sum(1)
+    worst = (torch.from_numpy(found) - expected).abs() / (bound * 1.01 + 1e-4)
+    assert float(worst.max()) < 1
+    # and by far better on average: the bound is no excuse for a wrong nibble
+    error = np.square(found - expected.numpy()).mean() ** 0.5
+    assert error < 0.01 * float(expected.square().mean()) ** 0.5
+
+
+@both
+@pytest.mark.parametrize("columns", [32, 64, 96])
+def test_onnx_runtimes_gather_gives_the_dequantised_rows(bits: int, columns: int):
+    weights = torch.randn(17, columns, generator=torch.Generator().manual_seed(1))
+    packed, scales, zeros = quantize(weights, bits)
+    stored = packed.flatten(1).numpy()  # as QuantEmbedding shapes it
+    ids = np.array([3, 0, 16, 3], np.int64)
+    attributes = {"bits": bits, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
+    constants = {"w": stored, "s": scales.numpy(), "z": zeros.numpy()}
+    attributes["order"] = ["w", "ids", "s", "z"]
+    found = run("GatherBlockQuantized", attributes, {"ids": ids}, constants)
+    expected = dequantize(packed, scales, zeros, columns, bits)[ids]
+    np.testing.assert_allclose(found, expected.numpy(), rtol=0, atol=1e-6)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Embedding(10, 64)
+        self.odd = nn.Embedding(10, 40)
+        self.inner = nn.Sequential(nn.Linear(40, 8), nn.LayerNorm(8), nn.Linear(8, 3, bias=False))
+
+
+@pytest.mark.parametrize("precision", ["int4", "int8"])
+def test_swap_quantises_linears_and_the_embeddings_whose_rows_are_whole_blocks(precision: str):
+    model = Model()
+    bias = model.inner[0].bias
+    names = ("wide.weight", "inner.0.weight", "inner.2.weight")
+    assert swap(model, precision) == dict.fromkeys(names, precision)
+    assert isinstance(model.wide, QuantEmbedding) and isinstance(model.odd, nn.Embedding)
+    assert isinstance(model.inner[0], QuantLinear) and model.inner[0].bias is bias
+    assert isinstance(model.inner[1], nn.LayerNorm)
+    for module in (model.wide, model.inner[0], model.inner[2]):
+        packed, scales, zeros = quantize(torch.randn(module.rows, module.columns), module.bits)
+        assert module.weight.numel() == packed.numel()
+        assert module.scales.shape == scales.shape and module.zero_points.shape == zeros.shape
+
+
+def test_swap_leaves_float32_alone_unless_it_is_to_be_transposed():
+    model = Model()
+    assert swap(model, "fp32") == {}
+    assert isinstance(model.inner[0], nn.Linear)
+    linear, x = model.inner[0], torch.randn(2, 5, 40)
+    expected = linear(x)
+    stored = swap(model, "fp32", transposed=True)
+    assert stored == {"inner.0.weight": "transposed", "inner.2.weight": "transposed"}
+    new = model.inner[0]
+    assert isinstance(new, TransposedLinear)
+    with torch.no_grad():
+        new.weight.copy_(linear.weight.t())
+    torch.testing.assert_close(new(x), expected)
