@@ -27,11 +27,16 @@ LEGACY_LIMIT = 2 * 2**30  # bytes of a pickle from before torch 1.6, which canno
 FILES = ["*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.safetensors", "*.bin"]
 
 
-def resolve(name: str | os.PathLike[str], revision: str | None = None, flag: str = "--checkpoint") -> Path:
+def resolve(
+    name: str | os.PathLike[str],
+    revision: str | None = None,
+    flag: str = "--checkpoint",
+    tell: Callable[[str], None] = lambda _: None,
+) -> Path:
     """The folder of a checkpoint: `name` itself, or the hub repository of that name, downloaded.
 
-    Raises CheckpointError, naming the repository and `flag` (which takes a local folder) when the hub
-    cannot be reached.
+    tell: hears the size of a download before it begins. Raises CheckpointError, naming the repository
+    and `flag` (which takes a local folder) when the hub cannot be reached or the disk is too small.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -50,12 +55,18 @@ def resolve(name: str | os.PathLike[str], revision: str | None = None, flag: str
     try:
         ignore = []
         if not huggingface_hub.is_offline_mode():
-            files = huggingface_hub.HfApi().list_repo_files(repository, revision=revision)
-            if any(f.endswith(".safetensors") for f in files):
+            info = huggingface_hub.HfApi().model_info(
+                repository, revision=revision, files_metadata=True
+            )
+            sizes = {f.rfilename: f.size or 0 for f in info.siblings or []}
+            if any(f.endswith(".safetensors") for f in sizes):
                 ignore = ["*.bin"]
+            _announce(repository, sizes, ignore, tell)
         folder = huggingface_hub.snapshot_download(
             repository, revision=revision, allow_patterns=FILES, ignore_patterns=ignore
         )
+    except CheckpointError:
+        raise
     except Exception as e:  # the hub's client raises its own, requests' and OS errors
         offline = os.environ.get("HF_HUB_OFFLINE", "not set")
         line = (str(e).strip() or type(e).__name__).splitlines()[0]
@@ -64,6 +75,33 @@ def resolve(name: str | os.PathLike[str], revision: str | None = None, flag: str
             f"give a local folder with {flag} PATH"
         ) from e
     return Path(folder)
+
+
+def _announce(
+    repository: str, sizes: dict[str, int], ignore: list[str], tell: Callable[[str], None]
+) -> None:
+    """Tell a download's size; refuse one that the disk cannot hold."""
+    import shutil
+    from fnmatch import fnmatch
+
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    wanted = {
+        name: size
+        for name, size in sizes.items()
+        if any(fnmatch(name, p) for p in FILES) and not any(fnmatch(name, p) for p in ignore)
+    }
+    total = sum(wanted.values())
+    folder = Path(HF_HUB_CACHE)
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    size = f"{total / 1e9:.1f} GB" if total >= 1e9 else f"{total / 1e6:.1f} MB"
+    tell(f"{repository}: {size} to download, but for what the hub's cache already has")
+    if total > free and not list(folder.glob(f"models--{repository.replace('/', '--')}/snapshots/*")):
+        raise CheckpointError(
+            f"{repository} is {size}, {folder} has {free / 1e9:.1f} GB free: set HF_HOME to a larger disk"
+        )
 
 
 class Fields(dict[str, Any]):

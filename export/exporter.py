@@ -105,7 +105,7 @@ def export(
             f"an export needs {e.name}: pip install torch onnx onnxscript onnx-ir"
         ) from e
 
-    source = Checkpoint(resolve(checkpoint, revision))
+    source = Checkpoint(resolve(checkpoint, revision, tell=lambda text: tell(Progress(text))))
     family, architecture = detect(source.config)
     if model not in (None, family):
         raise CheckpointError(f"{checkpoint} is a {family} checkpoint, --model is {model!r}")
