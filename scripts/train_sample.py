@@ -36,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from sample_model import (
     GRID,
+    HEADS,
     HIDDEN,
     LAYERS,
     PATCH,
@@ -69,14 +70,17 @@ class Budget:
     retower: int = 300  # LLaVA's tower, from Qwen-VL's
     frozen: int = 900
     joint: int = 300
-    # at last: steps, rate, share of steps with pairs, share of one-shape scenes skipped, even
+    # at last: steps, rate, share of steps with pairs, share of one-shape scenes skipped, even, shown
     drill: dict[str, list[tuple[Any, ...]]] = field(
         default_factory=lambda: {
             "qwen_vl": [
                 (380, 1e-3, 0.4, 0.8),
                 (800, 1.5e-3, 0.15, 0.6, True),
+                (700, 2e-3, 0.25, 0.85, True),
+                (480, 1.5e-3, 0.25, 0.85, True, True),
+                (620, 1.5e-3, 0.4, 0.5, False, True),
             ],
-            "llava": [(600, 1.2e-3, 0.5, 0.5, True)],
+            "llava": [(600, 1.2e-3, 0.5, 0.5, True), (700, 1.5e-3, 0.7, 0.8, True)],
         }
     )
     rows: int = 24
@@ -341,6 +345,7 @@ def train_answers(
     pairs: float = 0.2,
     skipped: float = 0.0,
     even: bool = False,
+    shown: bool = False,
 ) -> None:
     tower, per_picture = sample.tower(), sample.vision.tokens
     known = {id(p) for p in tower}
@@ -354,11 +359,14 @@ def train_answers(
     teller, early = nn.Linear(HIDDEN, 1).to(device), []
     groups.append((list(teller.parameters()), rate))
     hook = sample.decoder.blocks[0].register_forward_hook(lambda *seen: early.append(seen[2]))
+    late: list[tuple[Tensor, ...]] = []
+    look = sample.decoder.blocks[-1].register_forward_pre_hook(lambda _, seen: late.append(seen))
     descent, rng = Descent(title, groups, steps), random.Random(title)
     for i in range(steps):
+        asked = ask(sample.prompts, pool, count, rng, pairs, skipped)
         batch = pack(
             sample.prompts,
-            ask(sample.prompts, pool, count, rng, pairs, skipped),
+            asked,
             per_picture,
             sample.prompts.forms,
             rng,
@@ -381,10 +389,59 @@ def train_answers(
         told = teller(early.pop()[rows].float()).squeeze(-1)
         if pairs > 0.2:
             loss = loss + 0.3 * F.binary_cross_entropy_with_logits(told, second)
+        if shown and len(asked[0][0]) == 1:
+            with autocast(device):
+                things = named_things(asked, batch, pool, rng)
+                loss = loss + 0.5 * look_loss(sample.decoder.blocks[-1], late[-1], batch, things)
+        late.clear()
         right = (logits.argmax(-1) == targets).float().mean()
         marked = ((told > 0) == (second > 0)).float().mean()
         descent.step(i, loss, f"tokens {right:.3f} picture {marked:.3f}")
     hook.remove()
+    look.remove()
+
+
+def named_things(
+    asked: list[Row], batch: Batch, pool: Pool, rng: random.Random
+) -> list[tuple[int, int, Tensor]]:
+    """Where an answer about a named shape is foretold, and which of the picture's rows show it.
+
+    (row of the batch, token, bool [rows of a picture]); at most four tokens of an answer.
+    """
+    found = []
+    side = math.isqrt(int((batch.ids[0] < 0).sum()))
+    for b, (pictures, questions) in enumerate(asked):
+        owner = pool.owner[pictures[0]].view(1, 1, GRID, GRID).float()
+        owner = F.interpolate(owner, (side, side)).flatten()
+        for s, q in enumerate(questions):
+            if q.kind not in ("colour", "where", "locate"):
+                continue
+            things = pool.scenes[pictures[0]].things
+            thing = next(i for i, thing in enumerate(things) if thing.shape in q.text)
+            if not (here := owner == thing + 1).any():
+                continue
+            tokens = (batch.answers[b] == s).nonzero().flatten().tolist()
+            found += [(b, t, here) for t in rng.sample(tokens, min(4, len(tokens)))]
+    return found
+
+
+def look_loss(
+    block: nn.Module, seen: tuple[Tensor, ...], batch: Batch, things: list[tuple[int, int, Tensor]]
+) -> Tensor:
+    """Two heads of a block are to look at the thing that is asked about: −log of their attention."""
+    x, cos, sin, mask = seen[:4]
+    b, t = (torch.tensor(column, device=x.device) for column in list(zip(*things, strict=True))[:2])
+    here = torch.stack([h for *_, h in things]).to(x.device)
+    qkv = block.qkv(block.norm_1(x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)[:2, :, :2]
+    q, k = (
+        h * cos + torch.cat([-h.chunk(2, -1)[1], h.chunk(2, -1)[0]], -1) * sin for h in qkv.float()
+    )
+    scores = torch.einsum("nhd,nhkd->nhk", q[b, :, t], k[b]) / math.sqrt(q.shape[-1])
+    scores = scores.masked_fill(~mask[b, 0, t][:, None], -torch.inf)
+    rows = torch.zeros_like(batch.ids[b], dtype=torch.bool)
+    rows[batch.ids[b] < 0] = here.flatten()
+    share = scores.log_softmax(-1).masked_fill(~rows[:, None], -torch.inf).logsumexp(-1)
+    return -share.mean()
 
 
 # ------------------------------------------------------------------------------------- measurement
