@@ -55,6 +55,10 @@ class RopeSpec:
     positions: str  # "linear"; "mrope" is coming
     limits: list[int]
 
+    def table(self, prompt_len: int) -> int:
+        """The table of a sequence with a prompt of that many tokens; the last one for a longer prompt."""
+        return next((i for i, n in enumerate(self.limits) if prompt_len <= n), len(self.limits) - 1)
+
 
 @dataclass(frozen=True)
 class ModelSpec:

@@ -77,6 +77,10 @@ def resolve(
     return Path(folder)
 
 
+def size_text(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
 def _announce(
     repository: str, sizes: dict[str, int], ignore: list[str], tell: Callable[[str], None]
 ) -> None:
@@ -96,11 +100,11 @@ def _announce(
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    size = f"{total / 1e9:.1f} GB" if total >= 1e9 else f"{total / 1e6:.1f} MB"
+    size = size_text(total)
     tell(f"{repository}: {size} to download, but for what the hub's cache already has")
     if total > free and not list(folder.glob(f"models--{repository.replace('/', '--')}/snapshots/*")):
         raise CheckpointError(
-            f"{repository} is {size}, {folder} has {free / 1e9:.1f} GB free: set HF_HOME to a larger disk"
+            f"{repository} is {size}, {folder} has {size_text(free)} free: set HF_HOME to a larger disk"
         )
 
 

@@ -33,7 +33,7 @@ from ..errors import (
 )
 from . import bundle as bundles
 from .bundle import Bundle, GraphSpec, ModelSpec, Origin, RopeSpec, TensorSpec
-from .checkpoint import Checkpoint, Weight, resolve
+from .checkpoint import Checkpoint, Weight, resolve, size_text
 from .families import FAMILIES, Options, Plan, detect
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ def export(
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"the disk became full while writing {final}; nothing was left there") from e
         raise
-    tell(Progress(f"wrote {final} ({_size(total)})"))
+    tell(Progress(f"wrote {final} ({size_text(total)})"))
     return bundles.read(final)
 
 
@@ -199,7 +199,7 @@ class StderrProgress:
             return
         self._shown = now
         line = (
-            f"{p.text[:36]:36} {p.done / p.total:4.0%} of {_size(p.total)}, {p.rate / 1e6:.0f} MB/s, "
+            f"{p.text[:36]:36} {p.done / p.total:4.0%} of {size_text(p.total)}, {p.rate / 1e6:.0f} MB/s, "
             f"{int(p.left) // 60}:{int(p.left) % 60:02} left"
         )
         print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal else "\n", file=sys.stderr)
@@ -273,29 +273,25 @@ def _check_space(final: Path, total: int, precision: str, tell: Callable[[Progre
     free, memory = shutil.disk_usage(folder).free, psutil.virtual_memory()
     need = total + total // 100 + 2**26
     tell(Progress(
-        f"precision {precision}: {_size(total)} on disk ({_size(free)} free), about "
-        f"{_size(total * 3 // 2)} of memory to open it ({_size(memory.total)} here)"
+        f"precision {precision}: {size_text(total)} on disk ({size_text(free)} free), about "
+        f"{size_text(total * 3 // 2)} of memory to open it ({size_text(memory.total)} here)"
     ))  # fmt: skip
     if need > free:
-        raise UserError(f"{folder} has {_size(free)} free, the bundle needs {_size(need)}: "
+        raise UserError(f"{folder} has {size_text(free)} free, the bundle needs {size_text(need)}: "
                         "give another --output" + _smaller(precision))  # fmt: skip
     if memory.available < WORKING:
         raise UserError(
-            f"an export needs {_size(WORKING)} of memory, {_size(memory.available)} are available"
+            f"an export needs {size_text(WORKING)} of memory, {size_text(memory.available)} are available"
         )
     if total > memory.total:
         raise UserError(
-            f"{precision} weights take {_size(total)}, this machine has {_size(memory.total)} of memory"
-            + _smaller(precision)
+            f"{precision} weights take {size_text(total)}, this machine has "
+            f"{size_text(memory.total)} of memory" + _smaller(precision)
         )
 
 
 def _smaller(precision: str) -> str:
     return "" if precision == "int4" else "; or export with --precision int4"
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _count(count: int) -> str:

@@ -291,7 +291,6 @@ def _generate(
 
     key = b"verify"
     spans = [ImageSpan(slots[0], len(slots), key)]
-    limits = bundle.model.rope.limits
     sequence = Sequence(
         tokens=list(ids),
         prompt_len=len(ids),
@@ -299,7 +298,7 @@ def _generate(
         max_new_tokens=NEW_TOKENS,
         eos_ids=frozenset(),
         images=spans,
-        rope_table=next(i for i, limit in enumerate(limits) if len(ids) <= limit),
+        rope_table=bundle.model.rope.table(len(ids)),
     )
     pixels = np.zeros((bundle.vision.size, bundle.vision.size, 3), np.uint8)
     engine.submit(sequence, Sampler(bundle.model.vocab_size), Listener(), {key: pixels})

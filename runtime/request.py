@@ -266,8 +266,6 @@ class Request:
         p, bundle = self.params, self.model.bundle
         eos = p.eos_token_id if p.eos_token_id is not None else bundle.generation.eos_ids
         now = time.monotonic()
-        limits = bundle.model.rope.limits
-        table = next((i for i, n in enumerate(limits) if len(self.ids) <= n), len(limits) - 1)
         for index in range(p.answers):
             sequence = Sequence(
                 tokens=list(self.ids),
@@ -276,7 +274,7 @@ class Request:
                 max_new_tokens=self.max_new_tokens,
                 eos_ids=frozenset() if p.ignore_eos else frozenset(eos),
                 images=self.images,
-                rope_table=table,
+                rope_table=bundle.model.rope.table(len(self.ids)),
                 deadline=now + p.timeout_ms / 1000 if p.timeout_ms else float("inf"),
             )
             answer = _Answer(sequence, self.model, publish, index)
