@@ -27,6 +27,17 @@
 `status` its HTTP status, `exit_code` that of the command line.
 """
 
+import reprlib
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 20
+
+
+def shown(value: object) -> str:
+    """A caller's value in a message: its repr, cut in the middle where it is long."""
+    return _SHORT.repr(value)
+
 
 class RtpLlmError(Exception):
     code = 500

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 
 from ..errors import BundleError, ImageDecodeError, ImageInputTooLong, ImageUnsupported
 from ..export.bundle import VisionSpec
+from .download import one_line
 from .media import LoadedImage
 
 BICUBIC = Image.Resampling.BICUBIC
@@ -47,10 +48,13 @@ def preprocess(image: LoadedImage | Image.Image, spec: VisionSpec) -> np.ndarray
     return np.array(rgb)
 
 
-def image_key(pixels: np.ndarray, spec: VisionSpec) -> bytes:
-    """32 bytes that depend on the final pixels and the recipe only, not on how the picture came."""
+def image_key(pixels: np.ndarray, spec: VisionSpec, salt: bytes = b"") -> bytes:
+    """32 bytes that depend on the final pixels and the recipe only, not on how the picture came.
+
+    Callers of different salts (at most 64 bytes) get different keys, and so share nothing.
+    """
     head = f"{spec.recipe} {pixels.shape} ".encode()
-    return hashlib.blake2b(head + pixels.tobytes(), digest_size=32).digest()
+    return hashlib.blake2b(head + pixels.tobytes(), digest_size=32, key=salt).digest()
 
 
 def _rgb(loaded: LoadedImage, loading: str) -> Image.Image:
@@ -72,7 +76,7 @@ def _rgb(loaded: LoadedImage, loading: str) -> Image.Image:
     except ValueError as e:
         raise ImageUnsupported(f"{loaded.name}: mode {image.mode} cannot become RGB: {e}") from e
     except Exception as e:  # hostile EXIF raises anything
-        raise ImageDecodeError(f"{loaded.name} cannot be read: {e}") from e
+        raise ImageDecodeError(f"{loaded.name} cannot be read: {one_line(e)}") from e
 
 
 def _shortest_side(image: Image.Image, side: int, name: str) -> Image.Image:

@@ -149,3 +149,9 @@ def test_an_unknown_recipe_is_an_error_of_the_bundle():
         preprocess(noise(4, 4), VisionSpec("tiles", 28, 4, 8))
     with pytest.raises(BundleError, match="'opencv' is unknown"):
         preprocess(noise(4, 4), VisionSpec("square", 28, 4, 8, "opencv"))
+
+
+def test_callers_of_different_salts_share_no_picture() -> None:
+    pixels, spec = np.zeros((4, 4, 3), np.uint8), VisionSpec("square", 4, 1, 1)
+    keys = {image_key(pixels, spec, salt) for salt in (b"", b"a", b"b" * 64)}
+    assert len(keys) == 3 and image_key(pixels.copy(), spec, b"a") in keys
