@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -75,13 +75,27 @@ class Detokenizer:
         )
 
 
+def spellings(tokenizer: Tokenizer, vocab_size: int) -> tuple[list[bytes], int]:
+    """What each of `vocab_size` ids adds to a text, and how many blanks a text's beginning loses.
+
+    Special tokens and ids without a token add nothing. Raises ValueError where it depends on the
+    tokens around.
+    """
+    decoder = _decoder(tokenizer, skip=True)
+    if isinstance(decoder, _Window):
+        raise ValueError("the tokenizer's decoder is not supported, only byte-level and sentencepiece ones")
+    tokens = _Tokens(tokenizer, skip=True)
+    spelled = [b"".join(decoder.spell(token) for token in tokens([i])) for i in range(vocab_size)]
+    return spelled, decoder.strip
+
+
 class _Decoder(Protocol):
     def push(self, ids: Iterable[int]) -> str: ...
 
     def finish(self) -> str: ...
 
 
-def _decoder(tokenizer: Tokenizer, skip: bool) -> _Decoder:
+def _decoder(tokenizer: Tokenizer, skip: bool) -> _ByteLevel | _Pieces | _Window:
     state: Any = json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder else {}
     steps = state["decoders"] if state.get("type") == "Sequence" else [state]
     kinds = [step.get("type") for step in steps]
@@ -95,6 +109,18 @@ def _decoder(tokenizer: Tokenizer, skip: bool) -> _Decoder:
         replace = [(s["pattern"]["String"], s["content"]) for s in steps if s.get("type") == "Replace"]
         return _Pieces(_Tokens(tokenizer, skip), replace, strip["content"], strip["start"])
     return _Window(tokenizer, skip)
+
+
+def speller(tokenizer: Tokenizer) -> Callable[[int], bytes]:
+    """A function from a token id to the bytes that the token alone stands for; control tokens as typed."""
+    decoder, names = _decoder(tokenizer, False), _Tokens(tokenizer, False)
+
+    def spell(i: int) -> bytes:
+        if isinstance(decoder, _Window):
+            return tokenizer.decode([i], skip_special_tokens=False).encode()
+        return decoder.spell(next(iter(names([i])), ""))
+
+    return spell
 
 
 class _Tokens:
@@ -114,6 +140,8 @@ class _Tokens:
 class _ByteLevel:
     """Tokens spelled in GPT-2's letters, one per byte; bytes → UTF-8 across tokens."""
 
+    strip = 0
+
     def __init__(self, tokens: _Tokens):
         self._tokens = tokens
         printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -122,9 +150,9 @@ class _ByteLevel:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, ids: Iterable[int]) -> str:
-        return "".join(self._utf8.decode(self._spell(token)) for token in self._tokens(ids))
+        return "".join(self._utf8.decode(self.spell(token)) for token in self._tokens(ids))
 
-    def _spell(self, token: str) -> bytes:
+    def spell(self, token: str) -> bytes:
         try:
             return bytes([self._bytes[letter] for letter in token])
         except KeyError:  # an added token, which stands for itself
@@ -141,7 +169,7 @@ class _Pieces:
         self._tokens = tokens
         self._replace = replace
         self._blank = blank
-        self._strip = strip  # blanks at the text's beginning that are still to be left out
+        self.strip = strip  # blanks at the text's beginning that are still to be left out
         self._bytes = b""  # the beginning of a character
 
     def push(self, ids: Iterable[int]) -> str:
@@ -151,9 +179,16 @@ class _Pieces:
         if match := BYTE.fullmatch(token):
             self._bytes += bytes.fromhex(match[1])
             return self._characters(final=False)
+        return self._characters(final=True) + self._replaced(token)
+
+    def _replaced(self, token: str) -> str:
         for pattern, content in self._replace:
             token = token.replace(pattern, content)
-        return self._characters(final=True) + token
+        return token
+
+    def spell(self, token: str) -> bytes:
+        match = BYTE.fullmatch(token)
+        return bytes.fromhex(match[1]) if match else self._replaced(token).encode()
 
     def _characters(self, final: bool) -> str:
         text = ""
@@ -169,10 +204,10 @@ class _Pieces:
         return text
 
     def _begin(self, text: str) -> str:
-        while self._strip and text.startswith(self._blank):
-            text, self._strip = text[len(self._blank) :], self._strip - 1
+        while self.strip and text.startswith(self._blank):
+            text, self.strip = text[len(self._blank) :], self.strip - 1
         if text:
-            self._strip = 0
+            self.strip = 0
         return text
 
     def finish(self) -> str:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from rtp_llm.runtime.sampling import Sampler, log_softmax
+from rtp_llm.runtime.sampling import Sampler, _leading, log_softmax
 from rtp_llm.runtime.sequence import SamplingParams, Sequence
 
 torch = pytest.importorskip("torch")
@@ -255,3 +255,19 @@ def test_what_was_not_asked_for_is_not_computed() -> None:
     sampled = Sampler(VOCAB)(sequence([0]), scores_of(0))
     assert sampled.logprob is None and sampled.logits is None and sampled.probs is None
     assert sampled.top == []
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    seeds, st.integers(257, 5000), st.floats(0.01, 0.9999), st.sampled_from([0.0, 0.1]), st.integers(0, 4)
+)
+def test_of_a_large_vocabulary_only_what_may_be_kept_is_sorted(
+    seed: int, vocab: int, top_p: float, min_p: float, digits: int
+) -> None:
+    probs = np.exp(np.random.default_rng(seed).normal(size=vocab).round(digits) * 4)  # with ties
+    probs /= probs.sum()
+    found, whole = _leading(probs, top_p, min_p), np.argsort(-probs, kind="stable")
+    np.testing.assert_array_equal(found, whole[: len(found)])
+    kept = probs[whole] >= min_p * probs.max()
+    kept &= np.cumsum(probs[whole]) - probs[whole] < top_p
+    assert len(found) >= np.flatnonzero(kept).max() + 1
