@@ -32,7 +32,9 @@ class ModelConfig:
     `ckpt_path`: checkpoint folder, hub id or bundle. `model_type`: the family, checked against the
     checkpoint. `quantization` ("int8", "int4") wins over `act_type` ("fp32", …); neither is
     `precision="auto"`. Bytes and counts: `kv_cache_bytes`, `image_cache_bytes`, `max_batch_size`
-    (sequences side by side), `token_budget` (tokens of one step), `threads`.
+    (sequences side by side), `token_budget` (tokens of one step), `threads`. `step_ms`: about how long
+    running answers may wait for a piece of somebody's prompt. `deterministic`: int4 answers do not depend
+    on what else is in the batch either (fp32 and int8 never do), at the cost of a lone answer's speed.
     """
 
     model_type: str | None = None
@@ -50,7 +52,14 @@ class ModelConfig:
     image_cache_bytes: int = 2**28
     max_batch_size: int = 16
     token_budget: int = 512
+    step_ms: int = 200
+    deterministic: bool = False
     threads: int | None = None
+
+    @property
+    def slots(self) -> int:
+        """Of the cache: as many again as sequences run, for prompts that are kept."""
+        return 2 * self.max_batch_size
 
     @property
     def precision(self) -> str:
@@ -146,6 +155,7 @@ def bundle_of(
                 f"{path} has precision {bundle.precision}, {wanted!r} was asked for: "
                 f"export the checkpoint with --precision {wanted}"
             )
+        _check_options(path, bundle, config)
         return bundle
     from .export.exporter import StderrProgress, export
 
@@ -166,6 +176,22 @@ def bundle_of(
     return export(path, output, **options, progress=progress or StderrProgress())
 
 
+def _check_options(path: str, bundle: Bundle, config: ModelConfig) -> None:
+    """What only an export can change must be what the bundle was exported with, or not be given."""
+    options = bundle.origin.options
+    for field, option in (
+        ("tokenizer_path", "tokenizer"), ("vision_tower", "vision_tower"),
+        ("conversation", "conversation"), ("revision", "revision"),
+    ):  # fmt: skip
+        wanted = getattr(config, field)
+        own = (options.get(option), str(bundle.path), bundle.origin.checkpoint)
+        if wanted and wanted not in own and os.path.realpath(wanted) not in own:
+            raise BundleError(
+                f"{path} is a bundle, exported with {option}={options.get(option)!r}: leave "
+                f"{field}={wanted!r} out, or export the checkpoint with --{option.replace('_', '-')}"
+            )
+
+
 def _open(bundle: Bundle, config: ModelConfig) -> Model:
     from tokenizers import Tokenizer
 
@@ -176,10 +202,18 @@ def _open(bundle: Bundle, config: ModelConfig) -> Model:
         raise BundleError(f"{file} is no tokenizer: {e}") from e
     backend = open_backend(
         bundle,
-        slots=config.max_batch_size,
+        slots=config.slots,
         max_seq_len=config.max_seq_len,
         kv_cache_bytes=config.kv_cache_bytes,
         threads=config.threads,
+        deterministic=config.deterministic,
     )
-    engine = Engine(backend, bundle.model, config.token_budget, config.image_cache_bytes)
+    engine = Engine(
+        backend,
+        bundle.model,
+        config.token_budget,
+        config.image_cache_bytes,
+        config.max_batch_size,
+        config.step_ms,
+    )
     return Model(bundle, tokenizer, engine)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import threading
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .errors import GenerateConfigError, InternalError, RtpLlmError, UserError
+from .errors import GenerateConfigError, ImageInputTooLong, InternalError, RtpLlmError, UserError
 from .runtime.media import MediaPolicy
-from .runtime.prompt import EncodedPrompt, PromptEncoder
+from .runtime.prompt import EncodedPrompt, PromptEncoder, expand
 from .runtime.request import (
     AuxInfo,
     Collector,
@@ -88,23 +89,79 @@ class Pipeline:
     ) -> AsyncIterator[GenerateResponse]:
         """The same as an async generator; `messages` instead of `prompt` for a chat."""
         config = _merge(generate_config, overrides)
+        loop = asyncio.get_running_loop()
+        # fetching and decoding pictures would block the loop
+        request = await loop.run_in_executor(
+            None,
+            lambda: self.prepare(
+                prompt, urls if images is None else images, messages=messages, generate_config=config
+            ),
+        )
+        async for response in self.stream(request, every_step=True):
+            yield response
+
+    def prepare(
+        self,
+        prompt: str | list[int] | None = None,
+        urls: Any = None,
+        *,
+        messages: list[dict[str, Any]] | None = None,
+        generate_config: Mapping[str, Any] | None = None,
+        salt: bytes = b"",
+        max_images: int | None = None,
+        arrived: float | None = None,
+        abandoned: Callable[[], bool] = bool,
+    ) -> Request:
+        """Check a request and load its pictures, without starting it; for servers, as `stream` is.
+
+        It blocks while pictures are fetched and decoded; more than `max_images` are refused before.
+        Requests share what is cached only with those of the same `salt`. `timeout_ms` counts from `arrived`
+        (time.monotonic()). No further picture is decoded once `abandoned` says that nobody waits for it.
+        Raises UserError and its kinds.
+        """
         if (prompt is None) == (messages is None):
             raise UserError("give either prompt or messages")
-        loop = asyncio.get_running_loop()
-
-        def make() -> Request:
-            if messages is not None:
-                return self._request(self._prompts.encode_chat(messages), config)
+        if messages is not None:
+            encoded = self._prompts.encode_chat(messages)
+        else:
             assert prompt is not None
-            return self._request(self._encode(prompt, urls, images), config)
+            encoded = self._encode(prompt, urls, None)
+        if max_images is not None and len(encoded.sources) > max_images:
+            raise ImageInputTooLong(
+                f"the request has {len(encoded.sources)} images, the limit is {max_images}"
+            )
+        return self._request(encoded, generate_config or {}, salt, arrived, abandoned)
 
-        # fetching and decoding pictures would block the loop
-        request = await loop.run_in_executor(None, make)
-        events: asyncio.Queue[Any] = asyncio.Queue()
+    def render(self, messages: list[dict[str, Any]]) -> tuple[str, list[int]]:
+        """The prompt text and token ids that a chat becomes; no picture is fetched.
+
+        The text shows one image token per picture, the ids hold the image token in every slot.
+        """
+        bundle = self.model.bundle
+        encoded = self._prompts.encode_chat(messages)
+        lengths = [bundle.vision.tokens] * len(encoded.slots)
+        ids, _ = expand(encoded, lengths, bundle.prompt.image.token_id)
+        return self._prompts.render_chat(messages), ids
+
+    async def stream(
+        self, request: Request, every_step: bool = False
+    ) -> AsyncIterator[GenerateResponse]:
+        """Start a prepared request; its responses, cumulative, until the last has `finished=True`.
+
+        A reader that is slower than the engine gets the latest state only, so that nothing piles up
+        behind it; with `every_step` one response comes per step. Leaving early cancels the request.
+        """
+        loop = asyncio.get_running_loop()
+        ready, lock = asyncio.Event(), threading.Lock()
+        events: list[Any] = []
 
         def publish(event: Any) -> None:
+            with lock:
+                if not every_step:
+                    events[:] = [e for e in events if e[0] != event[0]]
+                events.append(event)
             try:
-                loop.call_soon_threadsafe(events.put_nowait, event)
+                loop.call_soon_threadsafe(ready.set)
             except RuntimeError:  # the loop is closed: nobody listens any more
                 request.cancel()
 
@@ -112,10 +169,18 @@ class Pipeline:
         request.start(publish)
         try:
             while not collector.finished:
-                collector.add(await events.get())
-                while request.params.answers > 1 and not events.empty():
-                    collector.add(events.get_nowait())
-                yield collector.response()
+                await ready.wait()
+                with lock:
+                    # several answers advance in one step: one response for all of them
+                    all_of_them = not every_step or request.params.answers > 1
+                    taken = events[: None if all_of_them else 1]
+                    del events[: len(taken)]
+                    if not events:
+                        ready.clear()
+                for event in taken:
+                    collector.add(event)
+                if taken:  # it was told twice otherwise
+                    yield collector.response()
         finally:
             request.cancel()
 
@@ -181,10 +246,17 @@ class Pipeline:
             raise UserError("urls and images are two names of one argument: give one of them")
         return self._prompts.encode_prompt(prompt, image_list(urls if images is None else images))
 
-    def _request(self, encoded: EncodedPrompt, config: Mapping[str, Any]) -> Request:
+    def _request(
+        self,
+        encoded: EncodedPrompt,
+        config: Mapping[str, Any],
+        salt: bytes = b"",
+        arrived: float | None = None,
+        abandoned: Callable[[], bool] = bool,
+    ) -> Request:
         if self._left:
             raise UserError("this Pipeline's `with` block was left: make a new Pipeline")
-        return Request(self.model, encoded, config, self.media_policy)
+        return Request(self.model, encoded, config, self.media_policy, salt, arrived, abandoned)
 
     def _one(self, one: Mapping[str, Any]) -> Request:
         known = {"prompt", "urls", "images", "messages", "generate_config"}

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BundleError, EmptyPrompt, ImageWrongFormat, NotSupportedYet, UserError
+from ..errors import BundleError, EmptyPrompt, ImageWrongFormat, NotSupportedYet, UserError, shown
 from ..export.bundle import Piece, PromptRules
 
 if TYPE_CHECKING:
@@ -242,7 +242,7 @@ class PromptEncoder:
             except TypeError:
                 i = None
             if i is None or isinstance(value, bool):
-                raise UserError(f"the prompt's item {at} is {value!r}, expected a token id")
+                raise UserError(f"the prompt's item {at} is {shown(value)}, expected a token id")
             if i != rules.token_id and not 0 <= i < self.vocab_size:
                 raise UserError(
                     f"the prompt's token id {i} at position {at} is outside the vocabulary, "
@@ -377,7 +377,7 @@ class PromptEncoder:
         """The template's text, tokenised as a raw prompt in which typed text is only text."""
         assert self._template is not None
         chat, rules = self.rules.chat, self.rules.image
-        shown, first = [], chat.system
+        listed, first = [], chat.system
         for turn in turns:
             typed = [self._text.guard(self._normal(p)) for p in turn.parts if isinstance(p, str)]
             content: Any
@@ -393,13 +393,13 @@ class PromptEncoder:
                     for n in range(len(turn.images))
                 ]
                 content = "".join(tags) + "\n".join(typed)
-            shown.append({"role": turn.role, "content": content})
+            listed.append({"role": turn.role, "content": content})
             if turn.role == "system":
                 first = "\n".join(typed)
         text = self._template.render(
-            messages=shown,
+            messages=listed,
             system=first or "",
-            turns=[m for m in shown if m["role"] != "system"],
+            turns=[m for m in listed if m["role"] != "system"],
             add_generation_prompt=True,
             **chat.tokens,
         )
@@ -457,11 +457,11 @@ def _turns(messages: Any) -> list[_Turn]:
         if role in ("tool", "function") or message.get("tool_calls") or message.get("function_call"):
             raise NotSupportedYet(f"{where}: tools are not supported yet")
         if role not in ROLES:
-            raise UserError(f"{where}.role is {role!r}, expected one of {', '.join(ROLES)}")
+            raise UserError(f"{where}.role is {shown(role)}, expected one of {', '.join(ROLES)}")
         if role == "system" and i:
             raise UserError(f"{where}: a system message can only be the first")
         if not isinstance(message.get("name"), str | None):
-            raise UserError(f"{where}.name is {message['name']!r}, expected a string or null")
+            raise UserError(f"{where}.name is {shown(message['name'])}, expected a string or null")
         content = message.get("content")
         if content is None and role == "assistant":
             content = ""
@@ -470,7 +470,7 @@ def _turns(messages: Any) -> list[_Turn]:
         elif isinstance(content, list | tuple):
             parts = [_part(part, f"{where}.content[{j}]") for j, part in enumerate(content)]
         else:
-            raise UserError(f"{where}.content is {content!r}, expected a string or a list of parts")
+            raise UserError(f"{where}.content is {shown(content)}, expected a string or a list of parts")
         if role == "system" and any(isinstance(p, _Image) for p in parts):
             raise UserError(f"{where}: a system message cannot hold images")
         turns.append(_Turn(role, parts))
@@ -486,7 +486,7 @@ def _part(part: Any, where: str) -> str | _Image:
     if kind == "text":
         if isinstance(part.get("text"), str):
             return part["text"]
-        raise UserError(f"{where}.text is {part.get('text')!r}, expected a string")
+        raise UserError(f"{where}.text is {shown(part.get('text'))}, expected a string")
     if kind == "image_url":
         url = part.get("image_url")
         url = url.get("url") if isinstance(url, Mapping) else url
@@ -499,11 +499,21 @@ def _part(part: Any, where: str) -> str | _Image:
             if source is not None and not (isinstance(source, str | bytes) and not source):
                 return _Image(source)
         raise UserError(f"{where} has no image: give a PIL image, bytes, a path or a URL as 'image'")
-    what = f"type {kind!r}" if isinstance(part, Mapping) else type(part).__name__
+    what = f"type {shown(kind)}" if isinstance(part, Mapping) else type(part).__name__
     raise UserError(f"{where} has {what}, expected a part of type text, image_url or image")
 
 
 # --------------------------------------------------------------------------------- text to token ids
+
+
+def _without_cache(tokenizer: Tokenizer) -> None:
+    """Switch off the cache of words: 10,000 in each thread, and to SentencePiece a whole text is one word.
+
+    A server with 64 threads would keep gigabytes of prompts that come once.
+    """
+    resize = getattr(tokenizer.model, "_resize_cache", None)
+    if resize is not None:  # only BPE and Unigram have one
+        resize(0)
 
 
 class _TextEncoder:
@@ -515,6 +525,7 @@ class _TextEncoder:
 
     def __init__(self, tokenizer: Tokenizer, tags: Iterable[str]):
         self._tokenizer = tokenizer
+        _without_cache(tokenizer)
         digits = f"{secrets.randbelow(10**24):024d}"
         self.mark = f"\ue000{digits}\ue001"
         added = tokenizer.get_added_tokens_decoder()
@@ -569,6 +580,7 @@ class _TextEncoder:
             from tokenizers import AddedToken, Tokenizer
 
             second = Tokenizer.from_str(self._tokenizer.to_str())
+            _without_cache(second)
             for name, (_, token) in self._special.items():
                 flags = {f: getattr(token, f) for f in ("single_word", "lstrip", "rstrip")}
                 second.add_tokens([AddedToken(self._stand_in[name], normalized=False, **flags)])

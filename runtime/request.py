@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Items
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import GenerateConfigError, PromptTooLong, RtpLlmError, UserError
+from ..errors import GenerateConfigError, GenerationTimeout, PromptTooLong, RtpLlmError, UserError
 from .detokenizer import Detokenizer
-from .media import MediaPolicy, fetch_all
+from .grammar import Matcher, matcher
+from .media import LoadedImage, MediaPolicy, fetch_all
 from .preprocess import image_key, preprocess
 from .prompt import EncodedPrompt, expand
 from .sampling import Sampled, Sampler
@@ -91,13 +93,19 @@ class _Answer:
     """One of a request's answers. It listens on the engine's thread and hands finished snapshots on."""
 
     def __init__(
-        self, sequence: Sequence, model: Model, publish: Callable[[tuple[int, Any, Any]], None], index: int
+        self,
+        sequence: Sequence,
+        model: Model,
+        publish: Callable[[tuple[int, Any, Any]], None],
+        index: int,
+        matcher: Matcher | None = None,
     ):
+        self._matcher = matcher
         self.sequence = sequence
         self.params = sequence.params
         self.index = index
         self._publish = publish
-        stops = [] if self.params.ignore_eos else model.bundle.generation.stop_words
+        stops = [] if self.params.ignore_eos or matcher else model.bundle.generation.stop_words
         self._text = Detokenizer(
             model.tokenizer,
             skip_special_tokens=self.params.skip_special_tokens,
@@ -133,6 +141,8 @@ class _Answer:
             return "stop"
         if sampled.token in sequence.eos_ids:
             return "stop"
+        if self._matcher and (self._matcher.done or self._matcher.error):
+            return "stop"
         if sequence.output_len < sequence.max_new_tokens:  # the last one comes with `end`
             self._publish((self.index, self._snapshot(None), None))
         return None
@@ -156,6 +166,8 @@ class _Answer:
         self._losses.append(losses)
 
     def end(self, sequence: Sequence, reason: str, error: RtpLlmError | None) -> None:
+        if error is None and self._matcher and self._matcher.error:
+            error = GenerateConfigError(f"generate_config: {self._matcher.error}")
         if error is None and reason == "length":
             self._text.push(sequence.tokens[sequence.prompt_len + self._pushed :])
         if error is None and reason in ("stop", "length"):
@@ -178,6 +190,7 @@ class _Answer:
                 iter_count=s.iterations,
                 input_len=s.prompt_len,
                 output_len=s.output_len,
+                reuse_len=s.reused,
                 multimodal_lengths=[span.length for span in s.images],
                 cum_log_probs=self._cum_log_probs if p.return_cum_log_probs else None,
             ),
@@ -205,14 +218,38 @@ class Request:
         encoded: EncodedPrompt,
         config: Mapping[str, Any] | None,
         policy: MediaPolicy,
+        salt: bytes = b"",
+        arrived: float | None = None,
+        abandoned: Callable[[], bool] = bool,
     ):
         bundle = model.bundle
         self.model = model
         self.params = SamplingParams.from_config(config, bundle.generation.defaults)
+        # of the prefix cache; what nobody may share has one of its own
+        self.salt = salt if self.params.reuse_cache else secrets.token_bytes(16)
         self._check_images_config()
-        loaded = fetch_all(encoded.sources, policy)
-        pixels = [preprocess(image, bundle.vision) for image in loaded]
-        keys = [image_key(p, bundle.vision) for p in pixels]
+        self._check_ids()
+        eos = self.params.eos_token_id
+        eos = bundle.generation.eos_ids if eos is None else eos
+        self.eos_ids = frozenset() if self.params.ignore_eos else frozenset(eos)
+        grammar, vocab = self.params.grammar, bundle.model.vocab_size
+        self._matcher = matcher(grammar, model.tokenizer, vocab, self.eos_ids) if grammar else None
+        if self._matcher and self._matcher.error:
+            raise GenerateConfigError(f"generate_config: {self._matcher.error}")
+        began = time.monotonic()
+        limit = self.params.timeout_ms
+        self.deadline = (arrived or began) + limit / 1000 if limit else float("inf")
+
+        def prepared(image: LoadedImage) -> np.ndarray:
+            if abandoned():
+                raise UserError("the request was abandoned")
+            if time.monotonic() >= self.deadline:
+                raise GenerationTimeout(f"timeout_ms={limit} is over")
+            return preprocess(image, bundle.vision)
+
+        pixels = fetch_all(encoded.sources, policy, prepared)
+        self.fetch_seconds = time.monotonic() - began
+        keys = [image_key(p, bundle.vision, salt) for p in pixels]
         self.pixels = dict(zip(keys, pixels, strict=True))
         lengths = [bundle.vision.tokens] * len(keys)
         ids, spans = expand(encoded, lengths, bundle.prompt.image.token_id)
@@ -221,7 +258,6 @@ class Request:
         ]
         self.ids = ids
         self.max_new_tokens = self._fit(len(ids), sum(lengths))
-        self._check_ids()
         self.answers: list[_Answer] = []
 
     def _check_images_config(self) -> None:
@@ -264,23 +300,25 @@ class Request:
     def start(self, publish: Callable[[tuple[int, Any, Any]], None]) -> None:
         """Hand the sequences to the engine; `publish` hears (answer, snapshot, error) on its thread."""
         p, bundle = self.params, self.model.bundle
-        eos = p.eos_token_id if p.eos_token_id is not None else bundle.generation.eos_ids
-        now = time.monotonic()
         for index in range(p.answers):
             sequence = Sequence(
                 tokens=list(self.ids),
                 prompt_len=len(self.ids),
                 params=p,
                 max_new_tokens=self.max_new_tokens,
-                eos_ids=frozenset() if p.ignore_eos else frozenset(eos),
+                eos_ids=self.eos_ids,
                 images=self.images,
                 rope_table=bundle.model.rope.table(len(self.ids)),
-                deadline=now + p.timeout_ms / 1000 if p.timeout_ms else float("inf"),
+                salt=self.salt,
+                leader=self.answers[0].sequence if self.answers else None,
+                deadline=self.deadline,
             )
-            answer = _Answer(sequence, self.model, publish, index)
+            matcher = self._matcher.copy() if self._matcher else None
+            answer = _Answer(sequence, self.model, publish, index, matcher)
             self.answers.append(answer)
-            sampler = Sampler(bundle.model.vocab_size, index, p.random_seed)
+            sampler = Sampler(bundle.model.vocab_size, index, p.random_seed, matcher)
             self.model.engine.submit(sequence, sampler, answer, self.pixels)
+        self.pixels = {}  # the engine has them, as long as it needs them
 
     def cancel(self) -> None:
         for answer in self.answers:

@@ -1,30 +1,51 @@
 """Who computes what in the next step: numbers only, no tensors.
 
-First come, first served. A step holds one token of every decoding sequence and, within the token budget,
-chunks of prompts; a sequence that ends frees its slot before the next step.
+A step holds one token of every decoding sequence and, within a token budget, chunks of prompts. First come,
+first served, with two rules that keep waiting short:
+
+- while answers stream, a step takes at most `chunk` prompt tokens, so the time between tokens is bounded;
+- prompts of which few tokens are left (a short text; a picture that is cached) do not queue behind long
+  ones: they share each step half and half, and long prompts enter the cache one after another. Only
+  where the cache has no room for whoever came first, all wait.
+
+Cache blocks are given as sequences grow. When none is left, the latest arrival loses its place and is
+computed again later: its prompt in chunks, its answer token by token, as the first time, so that not a bit
+of it changes.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
+from bisect import insort
+from operator import attrgetter
 
-from .kv_cache import SlotCache
+from .kv_cache import BLOCK, SlotCache, block_keys
 from .sequence import Batch, Row, Sequence
 
-LOSS_CHUNK = 64  # rows that go through the head at once for a loss: [64, vocab] logits
+LOSS_CHUNK = 64  # rows of a step that go through the head for losses: [64, vocab] logits
+SHORT = 128  # tokens left to prefill: fewer than a step's worth even for a large model on a CPU
+
+_order = attrgetter("order")
 
 
 class Scheduler:
-    """`token_budget`: tokens of one step, decodes included (at least one slot's worth of each)."""
+    """`token_budget`: tokens of one step, decodes included. `max_running`: sequences side by side."""
 
-    def __init__(self, cache: SlotCache, token_budget: int = 512):
+    def __init__(self, cache: SlotCache, token_budget: int = 512, max_running: int | None = None):
         self.cache = cache
-        self.token_budget = max(token_budget, cache.slots)
-        self.waiting: deque[Sequence] = deque()
+        self.max_running = min(max_running or cache.slots, cache.slots)
+        self.token_budget = max(token_budget, self.max_running + BLOCK)
+        self.chunk = self.token_budget  # prompt tokens of a step beside decodes; the engine adapts it
+        self.waiting: list[Sequence] = []  # in order of arrival, as `running`
         self.running: list[Sequence] = []
+        self.preemptions = 0
+        self.prompt_tokens = self.reused_tokens = 0  # of all admitted sequences
+        self._arrivals = 0
 
     def add(self, sequence: Sequence) -> None:
+        self._arrivals += 1
+        sequence.order = self._arrivals
+        sequence.keys = sequence.keys or block_keys(sequence)
         self.waiting.append(sequence)
 
     @property
@@ -33,45 +54,102 @@ class Scheduler:
 
     def schedule(self) -> Batch:
         """The next step's rows, ordered by slot; empty when nothing can run."""
-        self._admit()
+        batch = self._decodes()
+        budget = self.token_budget - len(batch)
+        if batch:
+            budget = min(budget, max(self.chunk, BLOCK))
+        return sorted([*batch, *self._prefills(budget)], key=lambda row: row.sequence.slot)
+
+    def _decodes(self) -> Batch:
         batch: Batch = []
-        budget = self.token_budget
-        decodes = [s for s in self.running if s.uncomputed == 1]
-        prefills = [s for s in self.running if s.uncomputed > 1]
-        budget -= len(decodes)
-        for s in decodes:
-            batch.append(self._row(s, 1))
-        for s in prefills:
-            limit = min(budget, LOSS_CHUNK) if s.params.calculate_loss else budget
-            count = min(s.uncomputed, limit)
-            if count <= 0:
-                continue
-            batch.append(self._row(s, count))
-            budget -= count
-        return sorted(batch, key=lambda row: row.sequence.slot)
+        for s in [s for s in self.running if s.computed >= s.prompt_len]:
+            while s.slot >= 0 and not self.cache.grow(s, s.computed + 1):
+                self._preempt(self.running[-1])
+            if s.slot >= 0:
+                batch.append(_row(s, 1))
+        return batch
 
-    def _admit(self) -> None:
-        for sequence in [s for s in self.waiting if s.images_ready]:
-            if not self.cache.admit(sequence):
-                break
-            self.waiting.remove(sequence)
-            sequence.started = time.monotonic()
-            self.running.append(sequence)
+    def _prefills(self, budget: int) -> Batch:
+        queue = [s for s in self.running if s.computed < s.prompt_len]
+        left = {s: s.prompt_len - s.computed for s in queue}
+        for s in self.waiting if len(self.running) < self.max_running else ():
+            if s.images_ready and not _follows(s):
+                insort(queue, s, key=_order)
+                left[s] = s.prompt_len - self.cache.match(s)
+        short = [n for n in left.values() if n <= SHORT]
+        for_short = min(sum(short), budget if len(short) == len(left) else budget // 2)
+        limits = {True: for_short, False: budget - for_short}
+        batch: Batch = []
+        full, copies = False, self.cache.copies
+        losses = LOSS_CHUNK
+        for s in queue:
+            is_short = left[s] <= SHORT
+            most = min(limits[is_short], losses) if s.params.calculate_loss else limits[is_short]
+            limit = _chunk(left[s], most)
+            if limit and s.slot < 0:
+                # of a kind, whoever came first is not overtaken to a place in the cache
+                full = full or not self._admit(s)
+                if full:
+                    continue
+                full = self.cache.copies > copies  # a copy takes time too: one a step
+                limit = _chunk(s.prompt_len - s.computed, most)
+            if limit:
+                batch.append(_row(s, limit))
+                limits[is_short] -= limit
+                losses -= limit if s.params.calculate_loss else 0
+            else:
+                limits[is_short] = 0  # what is too little for this one is not for those behind it
+        return batch
 
-    def _row(self, s: Sequence, count: int) -> Row:
-        in_prompt = s.computed < s.prompt_len
-        if s.params.calculate_loss and in_prompt:
-            logits = "all"
-        else:
-            logits = "last" if s.computed + count == len(s.tokens) else "none"
-        return Row(s, s.computed, count, logits)
+    def _admit(self, s: Sequence) -> bool:
+        # each running sequence may want a block soon: without room for that it would lose its place at once
+        # (and again, where that has happened: much of its answer is to be computed once more)
+        headroom = len(self.running) * (4 if s.started else 1)
+        if len(self.running) >= self.max_running or not self.cache.admit(s, headroom):
+            return False
+        if not s.started:
+            s.started = time.monotonic()
+            s.reused = s.computed
+            self.prompt_tokens += s.prompt_len
+            self.reused_tokens += s.reused
+        self.waiting.remove(s)
+        insort(self.running, s, key=_order)
+        return True
 
-    def finish(self, sequence: Sequence) -> int | None:
-        """Take a sequence out wherever it is; returns the slot that it freed."""
+    def _preempt(self, s: Sequence) -> None:
+        self.cache.release(s)
+        s.computed = 0
+        self.running.remove(s)
+        insort(self.waiting, s, key=_order)
+        self.preemptions += 1
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a sequence out wherever it is."""
         sequence.finished = True
-        if sequence in self.running:
-            self.running.remove(sequence)
-            return self.cache.release(sequence)
-        if sequence in self.waiting:
-            self.waiting.remove(sequence)
-        return None
+        for queue in (self.running, self.waiting):
+            if sequence in queue:
+                queue.remove(sequence)
+        if sequence.slot >= 0:
+            self.cache.release(sequence, retain=sequence.params.reuse_cache)
+
+
+def _follows(s: Sequence) -> bool:
+    """Whether another answer is still computing the prompt that this one shares with it."""
+    leader = s.leader
+    if leader is None or s.params.calculate_loss:  # a loss wants all of the prompt computed
+        return False
+    return not leader.finished and leader.computed < leader.prompt_len
+
+
+def _chunk(left: int, limit: int) -> int:
+    """Prompt tokens of a row: never the last one alone, which another kernel would compute."""
+    if left <= limit:
+        return left
+    limit -= left - limit == 1
+    return limit if limit >= 2 else 0
+
+
+def _row(s: Sequence, count: int) -> Row:
+    if s.params.calculate_loss and s.computed < s.prompt_len:
+        return Row(s, s.computed, count, "all")
+    return Row(s, s.computed, count, "last" if s.computed + count == len(s.tokens) else "none")

@@ -16,6 +16,7 @@ from rtp_llm.export.bundle import read
 from rtp_llm.export.exporter import export
 from rtp_llm.model_factory import ModelConfig, ModelFactory
 from rtp_llm.pipeline import Pipeline
+from rtp_llm.runtime.sequence import SamplingParams
 
 QUESTION = "Picture 1:<img/>\nWhat is this?"
 
@@ -135,7 +136,6 @@ def test_a_negative_temperature(pipeline):
     ("field", "value"),
     [
         ("num_beams", 4),
-        ("response_format", {"type": "json_object"}),
         ("adapter_name", "x"),
         ("speculative", "prompt_lookup"),
         ("return_hidden_states", True),
@@ -215,6 +215,38 @@ def test_a_family_that_the_bundle_is_not_of(qwen_bundle):
     config = ModelConfig(model_type="llava", ckpt_path=str(qwen_bundle))
     with pytest.raises(errors.BundleError, match="qwen_vl.*'llava'"):
         ModelFactory.from_model_config(config)
+
+
+@pytest.mark.parametrize("field", ["tokenizer_path", "vision_tower", "conversation", "revision"])
+def test_what_only_an_export_could_change_is_not_ignored(qwen_bundle, field):
+    config = ModelConfig(ckpt_path=str(qwen_bundle), **{field: "/path/to/other"})
+    with pytest.raises(errors.BundleError, match=f"leave {field}='/path/to/other' out"):
+        ModelFactory.from_model_config(config)
+    if field == "tokenizer_path":  # the tutorial names it beside the model
+        ModelFactory.from_model_config(ModelConfig(ckpt_path=str(qwen_bundle), **{field: str(qwen_bundle)}))
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [
+        ({"stop": ["x"] * 33}, "33 items.*32 items"),
+        ({"stop": ["x" * 129]}, "129 characters.*of 128"),
+        ({"stop_words_list": [[1] * 129]}, "129 token ids.*of 128"),
+        ({"bad_words_list": [[1]] * 1025}, "1025 items.*1024 items"),
+        ({"no_repeat_ngram_size": 65}, "65.*0 to 64"),
+        ({"repetition_penalty": 1e-30}, "1e-30.*0.01 to 100"),
+    ],
+)
+def test_what_is_looked_for_at_every_token_is_limited(config, limit):
+    with pytest.raises(errors.GenerateConfigError, match=limit):
+        SamplingParams.from_config(config)
+
+
+def test_a_long_value_is_cut_in_the_message():
+    for config in ({"x" * 10**6: 1}, {"top_k": "x" * 10**6}, {"regex": 5 * [["y"] * 10**5]}):
+        with pytest.raises(errors.GenerateConfigError) as caught:
+            SamplingParams.from_config(config)
+        assert len(str(caught.value)) < 600
 
 
 def test_model_config_is_frozen():

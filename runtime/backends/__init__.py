@@ -11,11 +11,13 @@ from ..step import Step
 
 
 class Backend(Protocol):
-    """Runs the two graphs of a bundle. One thread calls it at a time."""
+    """Runs the two graphs of a bundle. One thread calls `encode`, one calls everything else."""
 
     slots: int  # sequences that fit side by side
     slot_tokens: int  # tokens of one slot
     budget_blocks: int  # cache blocks of 16 tokens that may be touched in all
+    block_bytes: int  # of one block
+    mixes: bool  # decodes and chunks of prompts go through one `step`; else each through its own
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 [N, size, size, 3] → float32 [N, tokens, hidden]."""
@@ -25,8 +27,12 @@ class Backend(Protocol):
         """Writes the step's keys and values into the caches; float32 logits [K, vocab]."""
         ...
 
-    def release(self, slot: int) -> None:
-        """A sequence left this slot: its memory may go back to the system."""
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """The leading tokens of one slot into another."""
+        ...
+
+    def release(self, slot: int, keep: int = 0) -> None:
+        """What a slot holds behind its first `keep` tokens may go back to the system."""
         ...
 
     def close(self) -> None:

@@ -15,6 +15,9 @@ from ..step import Step
 
 
 class FakeBackend:
+    mixes = True
+    block_bytes = 16 * 8
+
     def __init__(
         self,
         model: ModelSpec,
@@ -62,8 +65,11 @@ class FakeBackend:
             at += count
         return np.array(logits, np.float32).reshape(-1, vocab)
 
-    def release(self, slot: int) -> None:
-        self.cache[slot] = -1
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        self.cache[target, :tokens] = self.cache[source, :tokens]
+
+    def release(self, slot: int, keep: int = 0) -> None:
+        self.cache[slot, keep:] = -1
 
     def close(self) -> None:
         self.cache[:] = -1

@@ -1,12 +1,19 @@
 """ONNX Runtime on the CPU: the `gqa` lowering, caches in place.
 
-Each layer's keys and values are one buffer [slots, kv_heads, 2 · slot_tokens, head_dim]. A step runs on the
-leading slots: a contiguous slice is bound as both past and present, so nothing is copied. Untouched pages
+Each layer's keys and values are one buffer [slots, kv_heads, 2 · slot_tokens, head_dim]. A step runs on a
+contiguous slice of slots, which is bound as both past and present, so nothing is copied. Untouched pages
 of a buffer cost no memory, and a freed slot's pages go back to the system.
+
+One token of a sequence at a time and chunks of several take different kernels, whose last bits differ.
+Within each kind nothing depends on the other rows of a step, nor on where a prompt is cut: so decodes and
+chunks go through steps of their own, and an answer is the same to the bit whoever else is there. (Weights
+that stay mapped are an exception: how their products are cut may depend on the rows and the threads.)
 """
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import mmap
 import os
 import sys
@@ -35,9 +42,14 @@ def _import() -> Any:
 
 
 class OnnxBackend:
-    """Raises BundleError when a graph cannot be opened, MissingDependency without ONNX Runtime,
+    """`deterministic`: int4 answers do not depend on the batch either, since its kernel for a lone row is
+    never used; a lone answer is slower by up to a third.
+
+    Raises BundleError when a graph cannot be opened, MissingDependency without ONNX Runtime,
     UserError for an impossible max_seq_len.
     """
+
+    mixes = False
 
     def __init__(
         self,
@@ -46,6 +58,7 @@ class OnnxBackend:
         max_seq_len: int | None = None,
         kv_cache_bytes: int | None = None,
         threads: int | None = None,
+        deterministic: bool = False,
     ):
         self.bundle = bundle
         model = bundle.model
@@ -56,15 +69,17 @@ class OnnxBackend:
                 f"max_seq_len={max_seq_len} must lie between 1 and {model.max_seq_len}, the bundle's limit"
             )
         self.slot_tokens = length
-        self._token_bytes = 2 * 4 * model.layers * model.kv_heads * model.head_dim
+        self.block_bytes = BLOCK * 2 * 4 * model.layers * model.kv_heads * model.head_dim
         kv_cache_bytes = kv_cache_bytes or available_memory() // 4
-        self.budget_blocks = max(1, kv_cache_bytes // (self._token_bytes * BLOCK))
+        self.budget_blocks = max(1, kv_cache_bytes // self.block_bytes)
         self.threads = threads or physical_cores()
         self._lock = threading.Lock()
         self._decoder: ort.InferenceSession | None = None
         self._vision: ort.InferenceSession | None = None
         self._caches: list[tuple[str, str, mmap.mmap | None, np.ndarray]] = []
-        self._bound: dict[int, list[tuple[str, str, Any]]] = {}
+        self._bound: dict[tuple[int, int], list[tuple[str, str, Any]]] = {}
+        # weights that are not repacked have a kernel of their own for a lone row, as int4 has
+        self._pairs = deterministic or self._stays_mapped("decoder")
         self._open_decoder()
 
     def _session(self, graph: str) -> ort.InferenceSession:
@@ -75,7 +90,10 @@ class OnnxBackend:
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         options.enable_mem_pattern = False  # shapes change every step: a pattern would never repeat
-        if spec.precision == "fp32" and self._bytes(spec.path) > available_memory() // 4:
+        # Threads that spin between runs gain 3 % on an idle machine, and take half the speed where anybody
+        # else wants the cores: the other graph, sampling, a server's event loop.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if self._stays_mapped(graph):
             # Repacked weights are a copy. As they are they stay in the mapped file, whose pages the
             # system takes back when it needs room.
             options.add_session_config_entry("session.disable_prepacking", "1")
@@ -87,8 +105,10 @@ class OnnxBackend:
             raise BundleError(f"{path} cannot be opened by ONNX Runtime: {line}") from e
         return session
 
-    def _bytes(self, graph: str) -> int:
-        return sum(f.size for name, f in self.bundle.files.items() if name.startswith(graph))
+    def _stays_mapped(self, graph: str) -> bool:
+        spec = self.bundle.graphs[graph]
+        size = sum(f.size for name, f in self.bundle.files.items() if name.startswith(spec.path))
+        return spec.precision == "fp32" and size > available_memory() // 4
 
     def _open_decoder(self) -> None:
         if self._decoder is None:
@@ -102,12 +122,14 @@ class OnnxBackend:
                     memory, array = _allocate(shape)
                     self._caches.append((f"past_{kind}.{i}", f"present_{kind}.{i}", memory, array))
 
-    def _bindings(self, n: int) -> list[tuple[str, str, Any]]:
-        """The leading n slots of every cache as (input, output, value): [n, kv_heads, tokens, dim]."""
-        if n not in self._bound:
-            from_numpy = _import().OrtValue.ortvalue_from_numpy
-            self._bound[n] = [(past, present, from_numpy(a[:n])) for past, present, _, a in self._caches]
-        return self._bound[n]
+    def _bindings(self, low: int, high: int) -> list[tuple[str, str, Any]]:
+        """The slots from low to high of every cache as (input, output, value): [n, kv_heads, tokens, dim]."""
+        if (low, high) not in self._bound:
+            if len(self._bound) > 64:
+                self._bound.clear()
+            value = _import().OrtValue.ortvalue_from_numpy
+            self._bound[low, high] = [(past, new, value(a[low:high])) for past, new, _, a in self._caches]
+        return self._bound[low, high]
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         if "vision" not in self.bundle.graphs:
@@ -118,8 +140,16 @@ class OnnxBackend:
         return self._vision.run(["image_embeds"], {"pixels": pixels})[0]
 
     def step(self, step: Step) -> np.ndarray:
+        logits = [self._run(part) for part in split(step)]
+        return np.concatenate(logits) if len(logits) > 1 else logits[0]
+
+    def _run(self, step: Step) -> np.ndarray:
         self._open_decoder()
         assert self._decoder is not None
+        wanted = len(step.logits_rows)
+        if self._pairs:
+            step = paired(step)
+        low, high = step.slots[0], step.slots[-1] + 1
         feeds = {
             "input_ids": step.input_ids,
             "image_embeds": step.image_embeds,
@@ -131,19 +161,29 @@ class OnnxBackend:
         for spec in self.bundle.graphs["decoder"].inputs:
             if spec.name in feeds:
                 binding.bind_cpu_input(spec.name, feeds[spec.name])
-        for past, present, value in self._bindings(max(step.slots) + 1):
+        for past, present, value in self._bindings(low, high):
             binding.bind_ortvalue_input(past, value)
             binding.bind_ortvalue_output(present, value)
         binding.bind_output("logits", "cpu")
         self._decoder.run_with_iobinding(binding)
-        return binding.get_outputs()[-1].numpy()  # in the order of binding: logits last
+        return binding.get_outputs()[-1].numpy()[:wanted]  # in the order of binding: logits last
 
-    def release(self, slot: int) -> None:
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        for *_, array in self._caches:
+            array[target, :, :tokens] = array[source, :, :tokens]
+
+    def release(self, slot: int, keep: int = 0) -> None:
         for _, _, memory, array in self._caches:
-            if memory is not None:
-                size = array[slot].nbytes
-                start = -(-slot * size // mmap.PAGESIZE) * mmap.PAGESIZE
-                end = (slot + 1) * size // mmap.PAGESIZE * mmap.PAGESIZE
+            if memory is None:
+                continue
+            size, head = array[slot].nbytes, array[slot, 0].nbytes
+            begin = slot * size
+            behind = keep * array.itemsize * array.shape[-1]
+            ends = range(begin + head, begin + size + 1, head) if keep else [begin + size]
+            for end in ends:
+                start = (end - head + behind) if keep else begin
+                start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+                end = end // mmap.PAGESIZE * mmap.PAGESIZE
                 if end > start:
                     memory.madvise(mmap.MADV_DONTNEED, start, end - start)
 
@@ -154,23 +194,66 @@ class OnnxBackend:
             self._caches.clear()
 
 
+def split(step: Step) -> list[Step]:
+    """A step whose padded cells would be mostly empty, in parts: chunks in slots that lie far apart."""
+    cuts, ends = [0], np.cumsum([0, *step.counts])
+    for i in range(1, len(step.slots)):
+        first = cuts[-1]
+        longest, tokens = max(step.counts[first : i + 1]), int(ends[i + 1] - ends[first])
+        if longest > 1 and (step.slots[i] - step.slots[first] + 1) * longest > 4 * tokens:
+            cuts.append(i)
+    if len(cuts) == 1:
+        return [step]
+    parts = []
+    for low, high in itertools.pairwise([*cuts, len(step.slots)]):
+        start, end = int(ends[low]), int(ends[high])
+        rows = step.logits_rows
+        parts.append(
+            Step(
+                step.input_ids[start:end],
+                step.image_embeds,
+                step.positions[start:end],
+                step.rope_rows[start:end],
+                rows[(rows >= start) & (rows < end)] - start,
+                step.slots[low:high],
+                step.pasts[low:high],
+                step.counts[low:high],
+                step.tables[low:high],
+            )
+        )
+    return parts
+
+
+def paired(step: Step) -> Step:
+    """The step with no lone row in any matrix product: a token or a row of logits is there twice."""
+    twice: dict[str, Any] = {}
+    if len(step.input_ids) == 1:
+        twice = {n: np.repeat(getattr(step, n), 2) for n in ("input_ids", "positions", "rope_rows")}
+    if len(step.logits_rows) == 1:
+        twice["logits_rows"] = np.repeat(step.logits_rows, 2)
+    return dataclasses.replace(step, **twice)
+
+
 def pad(step: Step) -> dict[str, np.ndarray]:
-    """Inputs of the padded GroupQueryAttention nodes: B slots × S = the longest row.
+    """Inputs of the padded GroupQueryAttention nodes: B slots, from the first to the last one in use,
+    × S = the longest row.
 
     An idle slot is a row of no tokens. Contract: export/attention.py.
     """
-    n, longest = max(step.slots) + 1, max(step.counts)
+    low = step.slots[0]
+    n, longest = step.slots[-1] + 1 - low, max(step.counts)
     lengths = np.zeros(n, np.int32)
     totals = np.zeros(n, np.int32)
     position_ids = np.zeros((n, longest), np.int64)
     pad_rows = np.zeros((n, longest), np.int64)
-    packed_rows = np.empty(len(step.input_ids), np.int64)
+    packed_rows = np.zeros(len(step.input_ids), np.int64)
     at = 0
     for slot, past, count in zip(step.slots, step.pasts, step.counts, strict=True):
-        lengths[slot], totals[slot] = count, past + count
-        position_ids[slot, :count] = step.rope_rows[at : at + count]
-        pad_rows[slot, :count] = np.arange(at, at + count)
-        packed_rows[at : at + count] = slot * longest + np.arange(count)
+        row = slot - low
+        lengths[row], totals[row] = count, past + count
+        position_ids[row, :count] = step.rope_rows[at : at + count]
+        pad_rows[row, :count] = np.arange(at, at + count)
+        packed_rows[at : at + count] = row * longest + np.arange(count)
         at += count
     return {
         "position_ids": position_ids,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ class Backend(FakeBackend):
         super().__init__(MODEL, **options)
         self.shapes: list[list[int]] = []
         self.encoded: list[int] = []
-        self.released: list[int] = []
+        self.released: list[tuple[int, int]] = []
         self.broken_step = 0  # the step with this number fails
         self.broken_pixel = -1  # a batch with this pixel fails
         self.entered = threading.Event()
@@ -53,9 +54,17 @@ class Backend(FakeBackend):
             raise OSError("device lost")
         return super().step(step)
 
-    def release(self, slot: int) -> None:
-        self.released.append(slot)
-        super().release(slot)
+    def release(self, slot: int, keep: int = 0) -> None:
+        self.released.append((slot, keep))
+        super().release(slot, keep)
+
+
+class Inline(Executor):
+    """Encodes pictures at once, in the test's own thread."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        fn(*args, **kwargs)
+        return Future()
 
 
 class Heard:
@@ -157,19 +166,24 @@ def backend_of(engine: Engine) -> Backend:
 
 
 def free(engine: Engine) -> None:
-    """Nobody holds anything any more."""
+    """Nobody holds anything any more, and what is kept for later goes when it is told to."""
     assert engine.scheduler.idle and not engine._jobs
-    assert engine.cache.used == 0 and not any(engine.cache.holders)
-    assert sorted(engine.cache._free) == list(range(engine.cache.slots))
-    assert not engine.images._holders and not engine.images._pixels
+    cache = engine.cache
+    assert cache.used == cache.retained == sum(cache.holders)
+    cache.clear()
+    assert cache.used == 0 and not any(cache.holders) and not cache._index
+    assert sorted(cache._empty) == list(range(cache.slots))
+    assert not engine.images._holders and not engine.images._pixels and not engine.images._encoding
 
 
 def by_hand(**options: Any) -> Engine:
     """An engine whose rounds the test takes itself."""
-    budget = options.pop("token_budget", 16)
-    cache_bytes = options.pop("image_cache_bytes", 2**20)
-    engine = Engine(Backend(**options), MODEL, budget, cache_bytes)
-    engine._thread = threading.current_thread()
+    own = {name: options.pop(name) for name in ("token_budget", "image_cache_bytes", "max_running")
+           if name in options}  # fmt: skip
+    mixes = options.pop("mixes", True)
+    engine = Engine(Backend(**options), MODEL, **{"token_budget": 20, "image_cache_bytes": 2**20} | own)
+    engine.backend.mixes = mixes
+    engine._thread, engine._vision = threading.current_thread(), Inline()
     return engine
 
 
@@ -194,8 +208,11 @@ def asks(draw: st.DrawFn) -> Ask:
             ]
         )
     )
+    config["reuse_cache"] = draw(st.sampled_from([True, True, False]))
+    # beginnings that prompts share, to the block and not
+    shared = list(range(draw(st.sampled_from([0, 0, 15, 16, 33, 40]))))
     return Ask(
-        draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=40)),
+        shared + draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=40 - len(shared) // 2)),
         tuple(draw(st.lists(st.integers(0, 3), max_size=3))),
         draw(st.integers(0, 8)),
         draw(st.sampled_from([(), (), tuple(range(10))])),
@@ -210,11 +227,13 @@ def test_any_mix_of_requests_cancellations_and_timeouts_leaves_each_its_own_answ
     data: st.DataObject,
 ) -> None:
     engine = by_hand(
-        slots=data.draw(st.integers(1, 4)),
+        slots=data.draw(st.integers(1, 5)),
         slot_tokens=96,
         budget_blocks=data.draw(st.integers(6, 24)),
         token_budget=data.draw(st.integers(1, 40)),
         image_cache_bytes=data.draw(st.sampled_from([0, 200, 2**20])),
+        max_running=data.draw(st.integers(1, 4)),
+        mixes=data.draw(st.booleans()),
     )
     everyone: list[Ask] = []
     hurried: set[Ask] = set()
@@ -246,7 +265,7 @@ def test_any_mix_of_requests_cancellations_and_timeouts_leaves_each_its_own_answ
             assert ask.sequence.tokens == ask.prompt + tokens
     engine._take_in()
     free(engine)
-    assert all(len(counts) <= engine.cache.slots for counts in backend_of(engine).shapes)
+    assert all(len(counts) <= engine.scheduler.max_running for counts in backend_of(engine).shapes)
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
@@ -276,11 +295,12 @@ def test_a_stop_at_any_time_ends_everyone_once_and_the_next_request_starts_anew(
 
 
 def test_a_stopped_engine_has_no_thread(engine: Engine) -> None:
-    Ask([1, 2]).submit(engine).wait()
-    assert [t for t in threading.enumerate() if t is engine._thread]
-    thread = engine._thread
+    before = threading.enumerate()
+    Ask([1, 2], (1,)).submit(engine).wait()
+    mine = [t for t in threading.enumerate() if t not in before]
+    assert len(mine) == 2
     engine.stop()
-    assert engine._thread is None and thread not in threading.enumerate()
+    assert engine._thread is None and not any(t.is_alive() for t in mine)
 
 
 def test_a_stop_before_anything_is_nothing() -> None:
@@ -313,7 +333,7 @@ def test_one_step_mixes_a_chunk_of_a_prompt_with_a_decode() -> None:
     round_(engine)
     new.submit(engine)
     round_(engine)
-    assert backend_of(engine).shapes == [[2], [1, 15]]
+    assert backend_of(engine).shapes == [[2], [1, 19]]
     while not (old.heard.ends and new.heard.ends):
         round_(engine)
     for ask in (old, new):
@@ -331,8 +351,8 @@ def test_a_cancel_at_any_stage_frees_the_slot_its_blocks_and_its_images(rounds: 
     engine.cancel(gone.sequence)
     engine.cancel(gone.sequence)  # twice is once
     round_(engine)
-    assert gone.heard.reason == "cancelled" and gone.sequence.slot == -1
-    assert backend_of(engine).released == ([0] if rounds else [])
+    assert gone.heard.reason == "cancelled"
+    assert gone.sequence.slot == -1 and not gone.sequence.blocks
     while not stays.heard.ends:
         round_(engine)
     assert (stays.heard.tokens, stays.heard.reason) == stays.alone()
@@ -423,12 +443,12 @@ def test_no_new_tokens_computes_the_prompt_and_ends(engine: Engine) -> None:
 
 
 def test_iterations_count_the_steps_of_a_sequence() -> None:
-    engine = by_hand(token_budget=4)
-    ask = Ask([1] * 10, new=5, top_k=1).submit(engine)
+    engine = by_hand()
+    ask = Ask([1] * 50, new=5, top_k=1).submit(engine)
     while not ask.heard.ends:
         round_(engine)
-    assert ask.sequence.iterations == 3 + 4  # chunks of 4, 4, 2 with a token, and four more
-    assert ask.sequence.started >= ask.sequence.arrival
+    assert ask.sequence.iterations == 3 + 4  # chunks of 20, 20, 10 with a token, and four more
+    assert ask.sequence.started > 0
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -475,3 +495,241 @@ def test_a_chunks_losses_are_numpys_formula_and_its_last_row_predicts_the_next_c
         first = prompt_losses(Row(s, 0, cut, "all"), logits[:cut])
         rest = prompt_losses(Row(s, cut, 6 - cut, "all"), logits[cut:])
         np.testing.assert_allclose(np.concatenate([first, rest]), wanted)
+
+
+# ---------------------------------------------------------------------------------- what is kept
+
+
+def answer(engine: Engine, ask: Ask) -> Ask:
+    ask.submit(engine)
+    for _ in range(300):
+        if ask.heard.ends:
+            assert (ask.heard.tokens, ask.heard.reason) == ask.alone()
+            return ask
+        round_(engine)
+    raise AssertionError("it never ends")
+
+
+def test_a_prompt_that_begins_alike_is_computed_from_where_it_differs() -> None:
+    engine = by_hand(token_budget=64)
+    text = list(range(40))
+    assert answer(engine, Ask([*text, 1], top_k=1)).sequence.reused == 0
+    before = sum(map(sum, backend_of(engine).shapes))
+    assert answer(engine, Ask([*text, 2], new=1, top_k=1)).sequence.reused == 32
+    assert sum(map(sum, backend_of(engine).shapes)) == before + 41 - 32
+    stats = engine.stats()
+    assert (stats.prompt_tokens, stats.reused_tokens) == (82, 32)
+
+
+def test_images_of_equal_size_and_other_content_share_nothing() -> None:
+    engine = by_hand()
+    text = list(range(40))
+    answer(engine, Ask(text, (0,), top_k=1))
+    assert answer(engine, Ask(text, (1,), top_k=1)).sequence.reused == 0
+    assert answer(engine, Ask(text, (0,), top_k=1)).sequence.reused == 32
+
+
+def test_salts_and_rope_tables_share_nothing() -> None:
+    engine = by_hand()
+    for salt, table in ((b"a", 0), (b"b", 0), (b"a", 1)):
+        for reused in (0, 32):
+            ask = Ask(list(range(40)), top_k=1)
+            ask.sequence.salt, ask.sequence.rope_table = salt, table
+            assert answer(engine, ask).sequence.reused == reused
+
+
+def test_an_answer_is_not_reused_only_prompts_are() -> None:
+    """Decode computes an answer's tokens with another kernel than prefill would."""
+    engine = by_hand()
+    first = answer(engine, Ask(list(range(20)), new=40, top_k=1))
+    again = Ask([*first.prompt, *first.heard.tokens], top_k=1)
+    assert answer(engine, again).sequence.reused == 16
+
+
+def test_without_reuse_cache_nothing_is_kept() -> None:
+    engine = by_hand()
+    answer(engine, Ask(list(range(40)), top_k=1, reuse_cache=False))
+    assert engine.cache.used == 0
+    assert answer(engine, Ask(list(range(40)), top_k=1)).sequence.reused == 0
+
+
+def test_several_answers_share_one_prefill() -> None:
+    engine = by_hand(token_budget=128)
+    everyone = [Ask(list(range(40)), (0,), new=2, top_k=1) for _ in range(4)]
+    for ask in everyone:
+        ask.sequence.leader = everyone[0].sequence if ask is not everyone[0] else None
+        ask.submit(engine)
+    while not all(a.heard.ends for a in everyone):
+        round_(engine)
+    assert all((a.heard.tokens, a.heard.reason) == a.alone() for a in everyone)
+    # 45 tokens once, the 13 behind the last full block by each, and a decode each
+    assert sum(map(sum, backend_of(engine).shapes)) == 45 + 3 * 13 + 4
+
+
+@pytest.mark.parametrize("mixes", [True, False])
+def test_whoever_loses_its_place_answers_as_if_nothing_had_happened(mixes: bool) -> None:
+    engine = by_hand(slots=4, slot_tokens=96, budget_blocks=8, mixes=mixes)
+    config: dict[str, Any] = {"random_seed": 5, "temperature": 4.0}
+    everyone = [Ask([i, i + 1, 7], (i % 2,), new=60, **config).submit(engine) for i in range(4)]
+    everyone += [Ask([i] * 20, new=30, top_k=1, calculate_loss=2).submit(engine) for i in range(2)]
+    for _ in range(2000):
+        if all(a.heard.ends for a in everyone):
+            break
+        round_(engine)
+    for ask in everyone:
+        assert (ask.heard.tokens, ask.heard.reason) == ask.alone()
+        if ask.sequence.params.calculate_loss:
+            assert sum(map(len, ask.heard.losses_)) == 19
+    assert engine.stats().preemptions > 0
+    free(engine)
+
+
+# ------------------------------------------------------------------------- who waits for what
+
+
+class SlowVision(Backend):
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.encoding, self.go_on = threading.Event(), threading.Event()
+
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        self.encoding.set()
+        assert self.go_on.wait(WAIT)
+        return super().encode(pixels)
+
+
+@pytest.fixture
+def slow() -> Iterator[Engine]:
+    engine = Engine(SlowVision(), MODEL)
+    yield engine
+    engine.backend.go_on.set()  # type: ignore[attr-defined]
+    engine.stop()
+
+
+def test_answers_go_on_while_a_picture_is_encoded(slow: Engine) -> None:
+    waits = Ask([1], (0,), top_k=1).submit(slow)
+    assert slow.backend.encoding.wait(WAIT)  # type: ignore[attr-defined]
+    text = Ask([2, 3], new=50, top_k=1).submit(slow).wait()
+    assert (text.heard.tokens, text.heard.reason) == text.alone()
+    assert not waits.heard.tokens
+    same = Ask([4], (0,), top_k=1).submit(slow)  # arrives while its picture is being encoded
+    slow.backend.go_on.set()  # type: ignore[attr-defined]
+    for ask in (waits, same):
+        ask.wait()
+        assert (ask.heard.tokens, ask.heard.reason) == ask.alone()
+    assert backend_of(slow).encoded == [1]
+    assert (slow.stats().images, slow.stats().image_hits) == (2, 1)
+
+
+def test_whoever_waits_for_a_picture_can_be_cancelled_and_times_out(slow: Engine) -> None:
+    hurried = Ask([1], (0,), timeout_ms=50)
+    hurried.sequence.deadline = time.monotonic() + 0.05
+    cancelled = Ask([1], (0,))
+    hurried.submit(slow)
+    slow.cancel(cancelled.submit(slow).sequence)
+    assert isinstance(hurried.wait().heard.error, GenerationTimeout)
+    assert cancelled.wait().heard.reason == "cancelled"
+    assert not slow.backend.go_on.is_set()  # type: ignore[attr-defined]
+
+
+def test_a_step_hands_out_answers_before_it_computes_a_prompt() -> None:
+    engine = by_hand(mixes=False)
+    old = Ask([1, 2], new=6, top_k=1).submit(engine)
+    round_(engine)
+    heard: list[list[list[int]]] = []
+    old.heard.on_token = lambda: heard.append(list(backend_of(engine).shapes))
+    Ask(list(range(40)), new=3, top_k=1).submit(engine)
+    round_(engine)
+    assert heard == [[[2], [1]]]  # and then the chunk
+    assert backend_of(engine).shapes == [[2], [1], [19]]
+
+
+def test_a_slow_machine_takes_small_bites_of_prompts_while_answers_stream() -> None:
+    class Slow(Backend):
+        def step(self, step: Step) -> np.ndarray:
+            time.sleep(0.001 * len(step.input_ids))
+            return super().step(step)
+
+    engine = Engine(Slow(slots=3), MODEL, token_budget=256, step_ms=30)
+    streams = Ask([1, 2], new=60, top_k=1).submit(engine)
+    for i in range(3):
+        Ask([i] * 190, new=1, top_k=1).submit(engine).wait()
+    engine.cancel(streams.sequence)
+    engine.stop()
+    chunks = [count for counts in backend_of(engine).shapes for count in counts if count > 2]
+    assert chunks[0] > 100 and 16 <= max(chunks[-4:-1]) <= 60  # 30 ms are 30 tokens
+
+
+# ------------------------------------------------------------------------------- whose fault it is
+
+
+def test_a_failure_of_one_answers_sampling_or_listener_is_its_own() -> None:
+    class Broken(Sampler):
+        def __call__(self, sequence: Sequence, logits: np.ndarray) -> Sampled:
+            raise ValueError("odd parameters")
+
+    engine = by_hand()
+    odd, deaf, fine = (Ask([i, 2], (0,), new=6, top_k=1) for i in (1, 2, 3))
+    odd.sampler = lambda: Broken(VOCAB)
+    deaf.heard.on_token = lambda: [][0]
+    for ask in (odd, deaf, fine):
+        ask.submit(engine)
+    for _ in range(20):
+        round_(engine)
+    for ask in (odd, deaf):
+        assert isinstance(ask.heard.error, InternalError)
+    assert (fine.heard.tokens, fine.heard.reason) == fine.alone()
+    free(engine)
+
+
+def test_the_engine_outlives_a_listener_that_fails_at_the_end_and_a_panic_of_native_code(
+    engine: Engine,
+) -> None:
+    class Panic(BaseException):
+        pass
+
+    def fails(*_: object) -> None:
+        raise OSError("nobody listens")
+
+    deaf = Ask([1, 2], top_k=1)
+    deaf.heard.end = fails  # type: ignore[method-assign]
+    deaf.submit(engine)
+    good = Ask([1, 3], (1,), top_k=1).submit(engine).wait()
+    assert (good.heard.tokens, good.heard.reason) == good.alone()
+    step, engine.backend.step = engine.backend.step, lambda _: (_ for _ in ()).throw(Panic())
+    assert isinstance(Ask([1, 2]).submit(engine).wait().heard.error, InternalError)
+    engine.backend.step = step
+    again = Ask([1, 3], (2,), top_k=1).submit(engine).wait()
+    assert (again.heard.tokens, again.heard.reason) == again.alone()
+
+
+@pytest.mark.parametrize("broken", ["put", "next_batch"])
+def test_no_memory_for_a_picture_hurts_only_those_who_wait_for_it(
+    engine: Engine, broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: object) -> None:
+        monkeypatch.undo()
+        raise MemoryError
+
+    monkeypatch.setattr(engine.images, broken, no_memory)
+    hurt = Ask([1], (0,), top_k=1).submit(engine).wait()
+    assert hurt.heard.reason == "error"
+    again = Ask([1], (0,), top_k=1).submit(engine).wait()
+    assert (again.heard.tokens, again.heard.reason) == again.alone()
+
+
+def test_a_request_during_a_stop_is_answered_by_the_next_start(slow: Engine) -> None:
+    Ask([1], (0,), top_k=1).submit(slow)
+    assert slow.backend.encoding.wait(WAIT)  # type: ignore[attr-defined]
+    stopping = threading.Thread(target=slow.stop)
+    stopping.start()
+    late = Ask([2, 3], new=4, top_k=1)
+    asking = threading.Thread(target=late.submit, args=(slow,))
+    while not slow._stopping:
+        time.sleep(0.001)
+    asking.start()
+    slow.backend.go_on.set()  # type: ignore[attr-defined]
+    late.wait()
+    assert (late.heard.tokens, late.heard.reason) == late.alone()
+    stopping.join(WAIT)
+    asking.join(WAIT)

@@ -1,8 +1,13 @@
 """Prompts become the reference's ids; tags and images must agree; what is typed in a chat is only text."""
 
 import dataclasses
+import itertools
 import json
 import re
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -352,6 +357,80 @@ def test_whatever_is_typed_adds_no_control_token_and_no_image(request, name):
     check()
 
 
+def pieces(encoder, encoded):
+    """The text before, between and behind the images; without blanks, which a template may trim."""
+    cuts = [0, *encoded.slots, len(encoded.ids)]
+    shown = [
+        encoder.tokenizer.decode(encoded.ids[a:b], skip_special_tokens=False)
+        for a, b in itertools.pairwise(cuts)
+    ]
+    return ["".join(text.split()) for text in shown]
+
+
+@pytest.mark.parametrize("name", ["qwen", "llava", "hf"])
+def test_whatever_is_typed_around_pictures_neither_moves_nor_adds_nor_drops_one(request, name):
+    encoder = request.getfixturevalue(name)
+    control = {i: t.content for i, t in encoder.tokenizer.get_added_tokens_decoder().items() if t.special}
+    words = [*control.values()][:12]
+    words += ["<image>", "<img>", "</img>", "<img/>", "Picture 1:", "USER:", "<", ">", "/", " ", "\n"]
+    typed = st.lists(st.sampled_from(words) | st.text("aä<img/>s", max_size=3), max_size=6).map("".join)
+
+    # None is a picture; the last turn is the one that is to be answered
+    @settings(max_examples=100, deadline=None, derandomize=True)
+    @given(st.lists(st.lists(st.none() | typed, min_size=1, max_size=3), min_size=1, max_size=2))
+    def check(turns):
+        turns = [[*parts, "end"] for parts in turns]
+
+        def encoded(texts):
+            images = (url(f"image {n}") for n in itertools.count())
+            chat = []
+            for parts in turns:
+                content = [next(images) if part is None else text(next(texts)) for part in parts]
+                chat += [*user(*content), {"role": "assistant", "content": next(texts)}]
+            return encoder.encode_chat(chat[:-1])
+
+        flat = [part for parts in turns for part in (*parts, parts[0] or "a") if part is not None]
+        plain = [f"q{chr(97 + n)}z" for n in range(len(flat))]
+        found, usual = encoded(iter(flat)), encoded(iter(plain))
+        count = sum(part is None for parts in turns for part in parts)
+        assert found.sources == usual.sources == [f"image {n}" for n in range(count)]
+        assert [i for i in found.ids if i in control] == [i for i in usual.ids if i in control]
+        expected = pieces(encoder, usual)
+        for harmless, real in zip(plain, flat, strict=True):
+            real = "".join(unicodedata.normalize("NFC", real).split())
+            expected = [piece.replace(harmless, real) for piece in expected]
+        assert pieces(encoder, found) == expected
+
+    check()
+
+
+RAW = ["<img/>", "<img>", "</img>", "<image>", "<|im_end|>", "<", "img/>", "u", " ", "\u0338"]
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(prompt=st.lists(st.sampled_from(RAW), min_size=1, max_size=10).map("".join))
+def test_a_raw_prompt_has_the_images_that_a_regular_expression_counts(qwen, llava, hf, prompt):
+    seen = unicodedata.normalize("NFC", prompt)
+    tags = re.findall("<img/>|<img>.*?</img>", seen)
+    rest = re.sub("<img/>|<img>.*?</img>", "|", seen)
+    urls = ["" if tag == "<img/>" else tag[5:-6] for tag in tags]
+    beside = [f"given {n}" for n in range(urls.count(""))]
+    if "<img>" in rest or any("<img>" in url for url in urls):
+        with pytest.raises(ImageWrongFormat, match="not closed"):
+            qwen.encode_prompt(prompt, beside)
+    else:
+        encoded, images = qwen.encode_prompt(prompt, beside), iter(beside)
+        assert encoded.sources == [url or next(images) for url in urls]
+        assert encoded.ids.count(QWEN_IMG) == encoded.ids.count(QWEN_END) - rest.count("</img>") == len(tags)
+        with pytest.raises(ImageWrongFormat):
+            qwen.encode_prompt(prompt, [*beside, "one more"])
+    count = prompt.count("<image>")
+    for encoder in (llava, hf):
+        assert len(encoder.encode_prompt(prompt, ["x"] * count).slots) == count
+        with pytest.raises(ImageWrongFormat):
+            encoder.encode_prompt(prompt, ["x"] * (count + 1))
+
+
 def test_typed_text_beside_parsed_tokens_has_the_ids_of_the_whole_text(hf):
     """The slow way, through stand-ins, and the quick one agree where both can be asked."""
     quick = hf.encode_chat(user("Hello, who are you?"))
@@ -515,3 +594,38 @@ def test_expand_puts_each_image_where_it_belongs():
     ids, spans = expand(encoded, [1, 2, 1, 1], 9)
     assert ids == [9, 1, 9, 9, 9, 2, 3, 9]
     assert spans == [(0, 1), (2, 2), (4, 1), (7, 1)]
+
+
+GROWTH = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tokenizers import Tokenizer
+from rtp_llm.export.bundle import read
+from rtp_llm.runtime.prompt import PromptEncoder
+
+bundle = read(sys.argv[1])
+tokenizer = Tokenizer.from_file(str(bundle.read_path(bundle.tokenizer)))
+encoder = PromptEncoder(bundle.prompt, tokenizer, bundle.model.vocab_size, bundle.vision.tokens)
+
+def encode(first):
+    for n in range(first, first + 100):
+        encoder.encode_prompt(f"{n} is this a large red square or a small one? And what is beside it?", [])
+
+def pages():
+    return int(Path("/proc/self/statm").read_text().split()[1])
+
+with ThreadPoolExecutor(4) as pool:
+    list(pool.map(encode, range(0, 1000, 100)))
+    before = pages()
+    list(pool.map(encode, range(1000, 5000, 100)))
+    print((pages() - before) * 4096 // 4000)
+"""
+
+
+def test_prompts_that_come_once_do_not_pile_up_in_the_tokenizer(llava_bundle: Path) -> None:
+    """A whole text is one word to LLaVA's tokenizer, which caches words, thousands in each thread."""
+    command = [sys.executable, "-c", GROWTH, str(llava_bundle)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 500, "bytes a prompt"
