@@ -1,4 +1,4 @@
-"""The command line: rtp-llm export | verify | inspect | chat | batch | doctor, and what is coming.
+"""The command line: rtp-llm export | verify | inspect | chat | batch | serve | doctor, and what is coming.
 
 Nothing heavy is imported before a command runs. Exit codes: 0, 1 failed, 2 wrong use.
 """
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
 from .errors import NotSupportedYet, RtpLlmError, UserError
+from .runtime.server.settings import FIELDS, FLAGS, add_arguments
 
 if TYPE_CHECKING:
     from .export.bundle import Bundle
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 COMING = {
     "build": "compile a bundle's graphs into TensorRT plans for this GPU",
-    "serve": "the HTTP server",
     "tritonserver": "run a bundle in Triton Inference Server",
     "bench": "time to first token, tokens per second, throughput under load",
 }
@@ -110,6 +110,10 @@ def parser() -> Parser:
     sub.add_argument("--force", action="store_true", help="begin anew although out.jsonl is there")
     _checkpoint_options(sub, threads=True)
 
+    sub = command("serve", "the HTTP server", "rtp-llm serve demo-bundle --start-port 8088")
+    sub.add_argument("bundle", nargs="?", metavar="BUNDLE", help=f"{BUNDLE} (default: CHECKPOINT_PATH)")
+    add_arguments(sub)
+
     command("doctor", "what works on this machine, and how to mend what does not", "rtp-llm doctor", True)
     for name, text in COMING.items():
         sub = command(name, f"(coming) {text}", f"rtp-llm {name} demo-bundle")
@@ -133,8 +137,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     top = parser()
     args, unknown = top.parse_known_args(argv)
-    if args.command == "chat" and args.prompt is None and unknown and not unknown[0].startswith("-"):
-        args.prompt = unknown.pop(0)  # argparse takes no optional positional after an option
+    optional = {"chat": "prompt", "serve": "bundle"}.get(args.command, "")
+    if optional and getattr(args, optional) is None and unknown and not unknown[0].startswith("-"):
+        setattr(args, optional, unknown.pop(0))  # argparse takes no optional positional after an option
     try:
         if args.command in COMING:
             raise NotSupportedYet(f"`rtp-llm {args.command}` is not supported yet in {__version__}")
@@ -309,6 +314,20 @@ def _size(count: float) -> str:
         if count >= scale:
             return f"{count / scale:.1f} {unit}"
     return f"{count:.0f} bytes"
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from .start_server import serve
+
+    for f in FIELDS:  # a flag took the BUNDLE behind it for its value
+        value = getattr(args, f.name)
+        if f.default is False and not args.bundle and value and value.lower() not in FLAGS:
+            args.bundle = value
+            setattr(args, f.name, "1")
+    if args.bundle and args.checkpoint_path:
+        raise UserError("BUNDLE and --checkpoint-path are two names of one thing: give one of them")
+    args.checkpoint_path = args.bundle or args.checkpoint_path
+    return serve(args, quiet=args.quiet)
 
 
 def _doctor(args: argparse.Namespace) -> int:
