@@ -54,6 +54,14 @@ LLAVA: dict[str, dict[str, Any]] = {
             "num_attention_heads": 16, "image_size": 336, "patch_size": 14,
         },
     },
+    "1b": {
+        "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32000,
+        "clip": {
+            "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+            "num_attention_heads": 16, "image_size": 336, "patch_size": 14,
+        },
+    },
     "tiny": {
         "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 640,
@@ -182,7 +190,9 @@ def llava(folder: Path, size: str, seed: int, quiet: bool = False) -> None:
     h, inner = c["hidden_size"], c["intermediate_size"]
     shapes: Shapes = {"model.embed_tokens.weight": (c["vocab_size"], h)}
     for i in range(c["num_hidden_layers"]):
-        shapes |= {f"model.layers.{i}.self_attn.{n}_proj.weight": (h, h) for n in "qkvo"}
+        kv = h // c["num_attention_heads"] * c["num_key_value_heads"]
+        heads = {"q": h, "k": kv, "v": kv, "o": h}
+        shapes |= {f"model.layers.{i}.self_attn.{n}_proj.weight": (w, h) for n, w in heads.items()}
         shapes |= {f"model.layers.{i}.mlp.{n}_proj.weight": (inner, h) for n in ("gate", "up")}
         shapes[f"model.layers.{i}.mlp.down_proj.weight"] = (h, inner)
         for norm in ("input", "post_attention"):
@@ -229,6 +239,7 @@ def llava(folder: Path, size: str, seed: int, quiet: bool = False) -> None:
 
 
 MODELS = {"qwen_vl": qwen_vl, "llava": llava}
+SIZES = {"qwen_vl": QWEN, "llava": LLAVA}
 
 
 def main() -> None:
@@ -236,10 +247,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=sorted(MODELS), required=True)
-    parser.add_argument("--size", choices=["full", "tiny"], default="full")
+    parser.add_argument("--size", choices=["full", "1b", "tiny"], default="full",
+                        help="1b (llava only): 1.03 billion parameters of language model")  # fmt: skip
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.size not in SIZES[args.model]:
+        parser.error(f"--model {args.model} has the sizes {', '.join(SIZES[args.model])}, not {args.size}")
     args.output.mkdir(parents=True, exist_ok=True)
     MODELS[args.model](args.output, args.size, args.seed)
 
