@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import requests
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -133,6 +136,28 @@ def test_installed_outside_the_clone(
     chat = [program, "chat", "b", "--image", str(red_circle), "--temperature", "0", "What is this?"]
     done = _run(chat, tmp_path)
     assert done.stdout.strip() == "a red circle"
+    if kind == "wheel":
+        _serves([program, "serve", "b", "--start-port", "0"], tmp_path, red_circle)
+
+
+def _serves(command: list[str], cwd: Path, picture: Path) -> None:
+    """The installed program answers over HTTP, shows its page and stops when told."""
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MYPYPATH")}
+    with subprocess.Popen(command, cwd=cwd, env=env, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        try:
+            url = next(m[0] for line in process.stderr if (m := re.search(r"http://[\w.:]+", line)))
+            next(line for line in process.stderr if "ready" in line)
+            data = base64.b64encode(picture.read_bytes()).decode()
+            parts = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}},
+                     {"type": "text", "text": "What is this?"}]  # fmt: skip
+            body = {"messages": [{"role": "user", "content": parts}], "temperature": 0}
+            answer = requests.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()
+            assert answer["choices"][0]["message"]["content"] == "a red circle"
+            assert "<html" in requests.get(url, timeout=10).text
+        finally:
+            process.terminate()
+        assert process.wait(30) == 0
 
 
 def test_help_is_quick() -> None:

@@ -66,11 +66,15 @@ def test_it_begins_with_the_two_commands() -> None:
 def test_every_setting_is_documented() -> None:
     from rtp_llm.model_factory import ModelConfig
     from rtp_llm.runtime.sequence import SamplingParams
+    from rtp_llm.runtime.server.settings import Settings
 
     text = README.read_text()
     for cls in (ModelConfig, SamplingParams):
         for field in dataclasses.fields(cls):
             assert f"`{field.name}`" in text, f"{cls.__name__}.{field.name} is not in the README"
+    for field in dataclasses.fields(Settings):
+        name = field.name.upper() if field.metadata["env"] else f"--{field.name}"
+        assert f"`{name}`" in text, f"the server's {name} is not in the README"
 
 
 def accuracy_table() -> str:
