@@ -90,8 +90,8 @@ class OnnxBackend:
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         options.enable_mem_pattern = False  # shapes change every step: a pattern would never repeat
-        # Threads that spin between runs gain 3 % on an idle machine, and take half the speed where anybody
-        # else wants the cores: the other graph, sampling, a server's event loop.
+        # Threads that spin between runs gain 4 to 7 % on an idle machine, and take half the speed where
+        # anybody else wants the cores: the other graph, sampling, a server's event loop.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if self._stays_mapped(graph):
             # Repacked weights are a copy. As they are they stay in the mapped file, whose pages the
