@@ -93,9 +93,7 @@ class Pipeline:
         # fetching and decoding pictures would block the loop
         request = await loop.run_in_executor(
             None,
-            lambda: self.prepare(
-                prompt, urls if images is None else images, messages=messages, generate_config=config
-            ),
+            lambda: self.prepare(prompt, urls, images, messages=messages, generate_config=config),
         )
         async for response in self.stream(request, every_step=True):
             yield response
@@ -104,6 +102,7 @@ class Pipeline:
         self,
         prompt: str | list[int] | None = None,
         urls: Any = None,
+        images: Any = None,
         *,
         messages: list[dict[str, Any]] | None = None,
         generate_config: Mapping[str, Any] | None = None,
@@ -125,7 +124,7 @@ class Pipeline:
             encoded = self._prompts.encode_chat(messages)
         else:
             assert prompt is not None
-            encoded = self._encode(prompt, urls, None)
+            encoded = self._encode(prompt, urls, images)
         if max_images is not None and len(encoded.sources) > max_images:
             raise ImageInputTooLong(
                 f"the request has {len(encoded.sources)} images, the limit is {max_images}"

@@ -236,9 +236,8 @@ class Request:
         self._matcher = matcher(grammar, model.tokenizer, vocab, self.eos_ids) if grammar else None
         if self._matcher and self._matcher.error:
             raise GenerateConfigError(f"generate_config: {self._matcher.error}")
-        began = time.monotonic()
         limit = self.params.timeout_ms
-        self.deadline = (arrived or began) + limit / 1000 if limit else float("inf")
+        self.deadline = (arrived or time.monotonic()) + limit / 1000 if limit else float("inf")
 
         def prepared(image: LoadedImage) -> np.ndarray:
             if abandoned():
@@ -248,7 +247,6 @@ class Request:
             return preprocess(image, bundle.vision)
 
         pixels = fetch_all(encoded.sources, policy, prepared)
-        self.fetch_seconds = time.monotonic() - began
         keys = [image_key(p, bundle.vision, salt) for p in pixels]
         self.pixels = dict(zip(keys, pixels, strict=True))
         lengths = [bundle.vision.tokens] * len(keys)

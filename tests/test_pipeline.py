@@ -276,6 +276,15 @@ def test_leaving_an_async_iterator_frees_its_cache(pipeline):
     assert engine_is_empty(pipeline)
 
 
+def test_urls_and_images_together_are_an_error_here_too(pipeline, red_circle):
+    async def both() -> None:
+        async for _ in pipeline.pipeline_async(QUESTION, urls=[red_circle], images=[red_circle]):
+            pass
+
+    with pytest.raises(UserError, match="two names of one argument"):
+        asyncio.run(both())
+
+
 def test_stop_may_be_repeated_and_a_later_call_starts_again(qwen_bundle):
     pipeline = Pipeline(ModelFactory.from_huggingface(qwen_bundle))
     before = text(pipeline("Hello", **GREEDY))

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -98,6 +99,33 @@ def serving(model: Any, send_buffer: int = 0, **settings: Any) -> Iterator[Runni
         thread.join(20)
         server.service.close_pools()
         assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def shell_server(script: str, port: int, cwd: Path, log: Path) -> Iterator[None]:
+    """The server that these shell lines start, from the moment that it is ready; its output in `log`."""
+    with open(log, "wb") as out:
+        process = subprocess.Popen(["sh", "-c", script], cwd=cwd, stdout=out, stderr=out)
+
+    def ready() -> bool:
+        assert process.poll() is None, log.read_text()
+        try:
+            return requests.get(f"http://localhost:{port}/health", timeout=5).ok
+        except requests.ConnectionError:
+            return False
+
+    try:
+        wait_until(ready, 120)
+        yield
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.fixture(scope="session")
+def from_shell() -> Any:
+    """`with from_shell(script, port, cwd, log):` a server in a process of its own."""
+    return shell_server
 
 
 @pytest.fixture(scope="session")

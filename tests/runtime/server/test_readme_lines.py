@@ -21,7 +21,7 @@ def block(language: str, number: int = 0) -> str:
 
 
 @pytest.fixture(scope="module")
-def port(tmp_path_factory, until) -> Iterator[int]:
+def port(tmp_path_factory, from_shell) -> Iterator[int]:
     """The server that the first block starts, in the clone; on a free port, without the installation."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -30,22 +30,8 @@ def port(tmp_path_factory, until) -> Iterator[int]:
     assert install.startswith("pip install") and lines[-1].startswith("python3 -m rtp_llm.start_server")
     lines[-1] = f"exec {sys.executable} -m rtp_llm.start_server --start-port {port}"
     script = "\n".join([f"export RTP_LLM_CACHE={folder}", *lines])
-    with open(folder / "log", "wb") as log:
-        process = subprocess.Popen(["sh", "-c", script], cwd=ROOT, stdout=log, stderr=log)
-
-    def ready() -> bool:
-        assert process.poll() is None, (folder / "log").read_text()
-        try:
-            return requests.get(f"http://localhost:{port}/health", timeout=5).ok
-        except requests.ConnectionError:
-            return False
-
-    try:
-        until(ready, 120)
+    with from_shell(script, port, ROOT, folder / "log"):
         yield port
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 def test_the_curl_lines_answer(port):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -53,7 +52,7 @@ exec {python} -m rtp_llm.start_server
 
 
 @pytest.fixture(scope="module")
-def port(sample_qwen, tmp_path_factory, until):
+def port(sample_qwen, tmp_path_factory, from_shell):
     """The tutorial's shell lines in a folder with a picture; the checkpoint is exported by the way."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -62,25 +61,10 @@ def port(sample_qwen, tmp_path_factory, until):
     (folder.parent / "outside.png").write_bytes((ROOT / "tests/images/red_circle.png").read_bytes())
     (folder / "link.png").symlink_to(folder.parent / "outside.png")
     lines = SHELL.format(checkpoint=sample_qwen, port=port, python=sys.executable)
-    with open(folder / "log", "wb") as log:
-        process = subprocess.Popen(
-            ["sh", "-c", f"export RTP_LLM_CACHE={folder}/cache\n{lines}"], cwd=folder, stdout=log, stderr=log
-        )
-
-    def ready() -> bool:
-        assert process.poll() is None, (folder / "log").read_text()
-        try:
-            return requests.get(f"http://localhost:{port}/health", timeout=5).ok
-        except requests.ConnectionError:
-            return False
-
-    try:
-        until(ready, 120)
+    script = f"export RTP_LLM_CACHE={folder}/cache\n{lines}"
+    with from_shell(script, port, folder, folder / "log"):
         yield port
         assert "FT_SERVER_TEST=1: clients on this machine may name files" in (folder / "log").read_text()
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 def run(image_path: str, port: int) -> Any:
