@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 LEGACY_LIMIT = 2 * 2**30  # bytes of a pickle from before torch 1.6, which cannot be mapped
 
+CHUNK = 2**22  # weights transformed at a time
+
 FILES = ["*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.safetensors", "*.bin"]
 
 
@@ -354,3 +356,13 @@ class Weight:
                 rows.append(self.checkpoint.read(name, low, high))
             at += height
         return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def chunks(self, elements: int = CHUNK) -> Iterator[Tensor]:
+        """All rows, in order, as float32, about `elements` numbers at a time and an even number of rows."""
+        if self.transform is not None:
+            yield self.read()  # whole: the rows may become others
+            return
+        height = sum(shape[0] if shape else 1 for _, shape in self.parts)
+        step = max(2, elements // max(1, math.prod(self.parts[0][1][1:])) // 2 * 2)
+        for start in range(0, height, step):
+            yield self.read(start, min(start + step, height))

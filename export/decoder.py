@@ -118,6 +118,8 @@ def constants(config: DecoderConfig) -> dict[str, Tensor]:
 
 
 class Layer(nn.Module):
+    WIDE = ("o", "down")  # their sums join the residual stream: see quantize.swap
+
     def __init__(self, c: DecoderConfig):
         super().__init__()
         self.c = c
@@ -152,6 +154,8 @@ class Decoder(nn.Module):
     cos: Tensor  # [tables · max_seq_len, rotary / 2]
     sin: Tensor
     logn: Tensor  # [max_seq_len, 1]
+
+    EXACT = ("head",)  # never less than 16 bits in an engine: see quantize.swap
 
     def __init__(self, config: DecoderConfig):
         super().__init__()

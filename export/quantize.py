@@ -1,17 +1,35 @@
-"""Weight-only quantisation in blocks of 32 along a row, and the modules that carry it into a graph.
+"""What a precision makes of a module: `swap` puts others in the place of its linear layers, embeddings,
+convolutions and vision attention, and says how each weight is stored.
 
-A block has a float32 scale and an unsigned zero point: weight ≈ (q − zero_point) · scale. On Gaussian
-weights the relative error is 8.1 % for 4 bits and 0.48 % for 8; symmetric blocks have 8.6 % (9.7 % without
-the unused value) and 0.53 %; searching the scale among four wins 0.2 points and is four times slower.
+For the CPU: weights only, in blocks of 32 along a row, in ONNX Runtime's operators. A block has a float32
+scale and an unsigned zero point: weight ≈ (q − zero_point) · scale. On Gaussian weights the relative error
+is 8.1 % for 4 bits and 0.48 % for 8; symmetric blocks have 8.6 % (9.7 % without the unused value) and
+0.53 %; searching the scale among four wins 0.2 points and is four times slower.
+
+For engines and TorchScript, 16 bits: a product has its operands in 16 bits and everything between two
+products is float32 (norms, softmax, rope, activations, residual sums), because the new modules take and
+return float32 and the model's own code is left alone. (In TorchScript's decoder layers the ops between
+products cast as well: torchscript.FusedLayer.) Quantised engines: qdq.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .vision import Attention
+
+if TYPE_CHECKING:
+    from .checkpoint import Weight
+    from .qdq import Range
 
 BLOCK = 32
 BITS = {"int4": 4, "int8": 8}
+HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def quantize(weights: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,24 +140,212 @@ class TransposedLinear(nn.Module):
         return x if self.bias is None else x + self.bias
 
 
-def swap(module: nn.Module, precision: str, transposed: bool = False) -> dict[str, str]:
-    """Swap linear layers and embeddings for the modules above, in place.
+def token_scale(x: Tensor) -> Tensor:
+    """float32 [..., width] → [..., 1]: a power of two that brings a token's largest magnitude to (1/2, 1].
 
-    Returns how each weight must be stored: name → "int4", "int8" or "transposed"; those not named are
-    stored as they are. `transposed`: linear layers that stay float32 (see TransposedLinear). A
-    quantised weight `x.weight` becomes `x.weight`, `x.scales` and `x.zero_points`.
+    float16 ends at 65,504, and inside a residual branch real checkpoints go beyond it: inputs of `down`
+    and sums that join the residual stream of 1e3 to 1e5 and more. Scaled so, no input overflows, and a
+    result is at most the sum of the magnitudes of its row of weights: finite while that sum is below
+    65,504, that is for 22,016 inputs while the mean magnitude of a row is below 2.9 (trained ones: 0.02).
+    A power of two loses nothing but what lies 2^14 below the token's largest number: that keeps an
+    absolute precision of 2^-25 of it. The float32 result is scaled back by division, as exactly.
     """
+    # 2^-24, float16's smallest number: a token of zeros stays finite
+    largest = x.abs().amax(-1, keepdim=True).clamp_min(2.0**-24)
+    return torch.exp2(-torch.ceil(torch.log2(largest)))
+
+
+class HalfLinear(nn.Module):
+    """y = x Wᵀ + b: operands of the product in `dtype`, x and y float32 (x may be of that dtype already).
+
+    `transposed`: W is stored [in, out], for a plain MatMul. `wide`: float16 scales the input, see
+    token_scale; bfloat16 has float32's range. The bias is added in float32: a 16-bit sum would round
+    twice, and biases of hundreds (Qwen's keys) are where that shows.
+    """
+
+    weight: Tensor
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype, transposed: bool = False, wide: bool = False):
+        super().__init__()
+        self.dtype, self.transposed = dtype, transposed
+        self.wide = wide and dtype == torch.float16
+        self.bias = linear.bias
+        self.make(linear.out_features, linear.in_features)
+
+    def make(self, rows: int, columns: int) -> None:
+        """Create the weight and what belongs to it."""
+        shape = (columns, rows) if self.transposed else (rows, columns)
+        self.weight = _parameter(shape, self.dtype)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x Wᵀ in `dtype`."""
+        return x @ self.weight if self.transposed else F.linear(x, self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.wide:
+            x = x.float()
+            scale = token_scale(x)
+            x = self.product((x * scale).to(self.dtype)).float() / scale
+        else:
+            x = self.product(x.to(self.dtype)).float()
+        return x if self.bias is None else x + self.bias
+
+
+class RowsLinear(HalfLinear):
+    """int8 weights [out, in] with a scale per row, dequantised in `dtype` at each call.
+
+    That is one elementwise kernel before the product: it saves memory, not time.
+    """
+
+    scales: Tensor
+
+    def make(self, rows: int, columns: int) -> None:
+        self.register_buffer("weight", torch.empty(rows, columns, dtype=torch.int8))
+        self.register_buffer("scales", torch.empty(rows, 1, dtype=self.dtype))
+
+    def product(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * self.scales)
+
+
+def quantize_rows(weights: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """float32 [R, K] → int8 [R, K], scales `dtype` [R, 1]: max|row| / 127 (1 for a row of zeros); weights
+    are divided by the scale as it is stored, rounded half to even, and clipped to ±127."""
+    scales = (weights.abs().amax(1, keepdim=True) / 127).to(dtype)
+    scales[scales == 0] = 1
+    return (weights / scales.float()).round_().clamp_(-127, 127).to(torch.int8), scales
+
+
+class HalfEmbedding(nn.Module):
+    """Rows in `dtype`, looked up and then cast to float32."""
+
+    def __init__(self, embedding: nn.Embedding, dtype: torch.dtype):
+        super().__init__()
+        self.weight = _parameter(embedding.weight.shape, dtype)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight).float()
+
+
+class HalfConv2d(nn.Module):
+    """A convolution of patches in `dtype`, with a float32 result."""
+
+    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype):
+        super().__init__()
+        self.stride = conv.stride
+        self.weight = _parameter(conv.weight.shape, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, channels, H, W] → [N, out, H / stride, W / stride]"""
+        return F.conv2d(x.to(self.weight.dtype), self.weight, stride=self.stride).float()
+
+
+def _parameter(shape: Sequence[int], dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+
+
+def swap(
+    module: nn.Module,
+    precision: str,
+    target: str = "cpu",
+    *,
+    transposed: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    ranges: Mapping[str, Range] | None = None,
+) -> dict[str, str]:
+    """Swap linear layers, embeddings, convolutions and vision attention for the modules above, in place.
+
+    target: "cpu" (ONNX Runtime's operators), "engine" (ONNX for a GPU, weights [in, out]) or "torchscript"
+    (weights [out, in]). `transposed`: linear layers that stay float32 in a CPU graph (TransposedLinear).
+    `dtype`: of products in TorchScript whose weights alone are int8. `ranges`: of the inputs of the linear
+    layers, by their names in `module`, for fp8 and int8 engines; ValueError where one is missing.
+
+    Returns how each weight must be stored, in its parameter's dtype: name → "int4" or "int8" (`quantize`;
+    `x.weight` becomes `x.weight`, `x.scales` and `x.zero_points`), "rows" (`quantize_rows`; `x.weight` and
+    `x.scales`), "qdq-fp8", "qdq-int8" or "qdq-int4" (qdq.columns; likewise, and `x.input_scale`) or
+    "transposed"; those not named are stored as they are. A head that is tied to the embedding stays so in
+    16 bits: one parameter, [vocab, hidden].
+    """
+    from . import qdq
+
+    wide, exact = _named(module, "WIDE"), _named(module, "EXACT")
+    tied = {m.weight for m in module.modules() if isinstance(m, nn.Embedding)}
+    halves: dict[Tensor, Tensor] = {}  # a table's parameter → the one in its place
+    half = HALVES.get(precision, dtype)
+    if target == "cpu" or precision == "fp32":
+        half = torch.float32
     stored: dict[str, str] = {}
     for name, child in list(module.named_modules()):
-        new: nn.Module
-        if isinstance(child, nn.Linear) and precision in BITS:
-            new = QuantLinear(child, BITS[precision])
-        elif isinstance(child, nn.Embedding) and precision in BITS and child.embedding_dim % BLOCK == 0:
-            new = QuantEmbedding(child, BITS[precision])
-        elif isinstance(child, nn.Linear) and transposed:
-            new = TransposedLinear(child)
-        else:
+        new: nn.Module | None = None
+        kind = ""
+        if isinstance(child, nn.Linear):
+            flip = transposed if target == "cpu" else target == "engine" and child.weight not in tied
+            quantised = target == "engine" and precision in qdq.TOP and child not in exact
+            if target == "cpu" and precision in BITS:
+                new, kind = QuantLinear(child, BITS[precision]), precision
+            elif target == "torchscript" and precision == "int8":
+                new, kind = RowsLinear(child, half, wide=child in wide), "rows"
+            elif quantised and qdq.holds(child, precision, (ranges or {}).get(name)):
+                new, kind = qdq.QdqLinear(child, precision), f"qdq-{precision}"
+            elif half != torch.float32:
+                new = HalfLinear(child, half, flip, child in wide)
+                if child.weight in halves:
+                    new.weight = halves[child.weight]
+            elif flip:
+                new = TransposedLinear(child)
+            kind = kind or ("transposed" if flip else "")
+        elif isinstance(child, nn.Embedding):
+            if target == "cpu" and precision in BITS and child.embedding_dim % BLOCK == 0:
+                new, kind = QuantEmbedding(child, BITS[precision]), precision
+            elif half != torch.float32:
+                new = HalfEmbedding(child, half)
+                halves[child.weight] = new.weight
+        elif half != torch.float32 and isinstance(child, nn.Conv2d):
+            new = HalfConv2d(child, half)
+        elif half != torch.float32 and isinstance(child, Attention):
+            child.dtype = half
+        if new is None:
             continue
         module.set_submodule(name, new)
-        stored[f"{name}.weight"] = precision if isinstance(new, _Quantized) else "transposed"
+        if kind:
+            stored[f"{name}.weight"] = kind
     return stored
+
+
+def _named(module: nn.Module, attribute: str) -> set[nn.Module]:
+    """The modules that their owners' classes name in `attribute`, with all that is in them."""
+    return {
+        inner
+        for owner in module.modules()
+        for name in getattr(owner, attribute, ())
+        if hasattr(owner, name)
+        for inner in getattr(owner, name).modules()
+    }
+
+
+def fill(
+    module: nn.Module,
+    weights: Mapping[str, Weight],
+    stored: Mapping[str, str],
+    count: Callable[[int, str], None] = lambda nbytes, name: None,
+) -> None:
+    """Fill a swapped module in memory, in chunks of rows, as TorchScript needs it.
+
+    `stored`: what `swap` returned. `count` hears of each chunk: bytes as stored, weight. Raises
+    ValueError for what only a graph's data file can hold.
+    """
+    for name, weight in weights.items():
+        kind, start = stored.get(name, ""), 0
+        if kind not in ("", "rows", "transposed"):
+            raise ValueError(f"{name} is stored as {kind}")
+        owner: Any = module.get_submodule(name.rpartition(".")[0])
+        to = getattr(owner, name.rpartition(".")[2]).detach()
+        for rows in weight.chunks():
+            at = slice(start, start + len(rows))
+            if kind == "rows":
+                to[at], owner.scales[at] = quantize_rows(rows, owner.scales.dtype)
+            elif kind == "transposed":
+                to[:, at] = rows.t()
+            else:
+                to[at] = rows
+            start += len(rows)
+            count(rows.numel() * to.element_size(), name)

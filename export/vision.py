@@ -2,7 +2,9 @@
 
 Plain torch modules, trainable and exportable; every forward takes uint8 [N, S, S, 3] and returns
 float32 [N, tokens, hidden]. Their weight matrices are `nn.Linear` modules, which the exporter may
-swap. A module's `sources()` says from which tensor of a checkpoint each parameter comes, and how.
+swap; a class's `WIDE` names those between which numbers may leave float16's range: what reads the
+residual stream without a norm, and what is added to it. A module's `sources()` says from which tensor
+of a checkpoint each parameter comes, and how.
 """
 
 from __future__ import annotations
@@ -34,10 +36,22 @@ def normalise(pixels: Tensor) -> Tensor:
     return torch.stack([(channel - mean) / std for channel, mean, std in channels], 1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q [.., heads, Q, d], k and v [N, heads, K, d] → [N, Q, heads · d]; every q sees every k."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+class Attention(nn.Module):
+    """q [.., heads, Q, d], k and v [N, heads, K, d] → [N, Q, heads · d]; every q sees every k.
+
+    `dtype`: of both products and of the result, softmax is then float32; None: everything as it comes.
+    """
+
+    dtype: torch.dtype | None = None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q = q * q.shape[-1] ** -0.5
+        if self.dtype is None:
+            weights = (q @ k.transpose(-1, -2)).softmax(-1)
+        else:
+            q, k, v = q.to(self.dtype), k.to(self.dtype), v.to(self.dtype)
+            weights = (q @ k.transpose(-1, -2)).float().softmax(-1).to(self.dtype)
+        return (weights @ v).transpose(1, 2).flatten(2)
 
 
 def resize_positions(table: Tensor, grid: int) -> Tensor:
@@ -103,20 +117,25 @@ def _sincos(side: int, width: int) -> Tensor:
 
 
 class _QwenAttention(nn.Module):
+    WIDE = ("out_proj",)
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
         self.in_proj = nn.Linear(width, 3 * width)  # rows are packed per head: [head: q, k, v]
+        self.attention = Attention()
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, L, width] → [N, L, width]"""
         packed = self.in_proj(x).unflatten(-1, (self.heads, 3, -1)).transpose(1, 2)
         q, k, v = packed.unbind(3)  # [N, heads, L, d]
-        return self.out_proj(attention(q, k, v))
+        return self.out_proj(self.attention(q, k, v))
 
 
 class _QwenMlp(nn.Module):
+    WIDE = ("c_proj",)
+
     def __init__(self, width: int, hidden: int):
         super().__init__()
         self.c_fc = nn.Linear(width, hidden)
@@ -151,12 +170,15 @@ class _QwenTransformer(nn.Module):
 
 
 class _CrossAttention(nn.Module):
+    WIDE = ("out_proj",)
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
         self.q = nn.Linear(width, width)
         self.k = nn.Linear(width, width)
         self.v = nn.Linear(width, width)
+        self.attention = Attention()
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -164,10 +186,12 @@ class _CrossAttention(nn.Module):
         q = self.q(query).unflatten(-1, (self.heads, -1)).transpose(0, 1)
         k = self.k(key).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         v = self.v(value).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        return self.out_proj(attention(q, k, v))
+        return self.out_proj(self.attention(q, k, v))
 
 
 class _Resampler(nn.Module):
+    WIDE = ("kv_proj",)
+
     def __init__(self, width: int, output_dim: int, grid: int, stored_tables: bool):
         super().__init__()
         self.grid = grid
@@ -200,6 +224,8 @@ class QwenVisual(nn.Module):
     resizes in forward, as training needs: `checkpoint_tensors()` is then exactly a checkpoint's
     `visual`.
     """
+
+    WIDE = ("proj",)
 
     def __init__(
         self,
@@ -310,12 +336,15 @@ def _activation(name: str) -> Callable[[Tensor], Tensor]:
 
 
 class _ClipAttention(nn.Module):
+    WIDE = ("out_proj",)
+
     def __init__(self, c: ClipConfig):
         super().__init__()
         self.heads = c.num_attention_heads
         self.q_proj = nn.Linear(c.hidden_size, c.hidden_size)
         self.k_proj = nn.Linear(c.hidden_size, c.hidden_size)
         self.v_proj = nn.Linear(c.hidden_size, c.hidden_size)
+        self.attention = Attention()
         self.out_proj = nn.Linear(c.hidden_size, c.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -324,10 +353,12 @@ class _ClipAttention(nn.Module):
             linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for linear in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return self.out_proj(attention(q, k, v))
+        return self.out_proj(self.attention(q, k, v))
 
 
 class _ClipMlp(nn.Module):
+    WIDE = ("fc2",)
+
     def __init__(self, c: ClipConfig):
         super().__init__()
         self.act = _activation(c.hidden_act)
@@ -433,6 +464,8 @@ class LlavaVision(nn.Module):
     several layers are joined along the features. keep_cls: the class row stays, as the first one.
     `projector` is a `make_projector` kind. Raises CheckpointError for a layer that the tower lacks.
     """
+
+    WIDE = ("projector",)
 
     def __init__(
         self,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -16,9 +20,12 @@ from rtp_llm.export.quantize import (
     BLOCK,
     QuantEmbedding,
     QuantLinear,
+    RowsLinear,
     TransposedLinear,
     dequantize,
+    fill,
     quantize,
+    quantize_rows,
     swap,
 )
 
@@ -191,3 +198,67 @@ def test_swap_leaves_float32_alone_unless_it_is_to_be_transposed():
     with torch.no_grad():
         new.weight.copy_(linear.weight.t())
     torch.testing.assert_close(new(x), expected)
+
+
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+
+
+@dtypes
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(array=matrices)
+def test_a_row_of_int8_has_the_scale_that_its_largest_weight_needs(dtype: torch.dtype, array: np.ndarray):
+    array = array.clip(-6e4, 6e4)
+    q, scales = quantize_rows(torch.from_numpy(array), dtype)
+    amax = np.abs(array).max(1)
+    expected = torch.from_numpy(amax / np.float32(127)).to(dtype)
+    expected[expected == 0] = 1
+    assert q.dtype == torch.int8 and scales.dtype == dtype and torch.equal(scales[:, 0], expected)
+    scale = expected.float().numpy()[:, None]
+    np.testing.assert_array_equal(q.numpy(), np.clip(np.rint(array / scale), -127, 127))
+
+
+@dtypes
+def test_int8_weights_traced_by_torchscript_load_and_give_nearly_the_float_result(
+    dtype: torch.dtype, tmp_path: Path
+):
+    """8 bits a row move a Gaussian weight by 0.6 % of its size (max|row| / 127 / √12, with maxima of 3 to 4
+    spreads), and as much is left to rounding in bfloat16."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(96, 64), nn.ReLU(), nn.Linear(64, 32, bias=False)).requires_grad_(False)
+    x = torch.randn(7, 96)
+    expected = model(x)
+    weights: dict[str, Any] = {
+        name: SimpleNamespace(chunks=p.detach().clone().split(5).__iter__)
+        for name, p in model.named_parameters()
+    }
+    assert swap(model, "int8", "torchscript", dtype=dtype) == {"0.weight": "rows", "2.weight": "rows"}
+    assert isinstance(model[0], RowsLinear)
+    fill(model, weights, {"0.weight": "rows", "2.weight": "rows"})
+    torch.jit.save(torch.jit.trace(model, x[:2]), tmp_path / "model.pt")
+    loaded = torch.jit.load(tmp_path / "model.pt")
+    kinds = {b.dtype for n, b in loaded.named_buffers() if n.endswith("weight")}
+    assert kinds == {torch.int8}
+    found = loaded(x)
+    assert found.dtype == torch.float32
+    assert float((found - expected).norm() / expected.norm()) < 0.015
+    torch.testing.assert_close(found, model(x))
+
+
+@pytest.mark.parametrize("target", ["engine", "torchscript"])
+def test_a_tied_head_is_stored_once_in_16_bits(target: str):
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(10, 8), nn.Linear(8, 10, bias=False)
+            self.head.weight = self.embed.weight
+
+    model = Tied()
+    assert swap(model, "bf16", target) == {}
+    assert model.head.weight is model.embed.weight and model.embed.weight.dtype == torch.bfloat16
+    assert model.head(model.embed(torch.tensor([3]))).dtype == torch.float32
+
+
+def test_a_cpu_graph_knows_no_16_bits_and_torchscript_in_float32_changes_nothing():
+    for target in ("cpu", "torchscript"):
+        model = Model()
+        assert swap(model, "fp32", target) == {} and isinstance(model.inner[0], nn.Linear)

@@ -1,0 +1,153 @@
+"""Calibration sees what the float32 reference sees, whole or streamed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rtp_llm.errors import UserError
+from rtp_llm.export import calibrate as calibration
+from rtp_llm.export.attention import Eager
+from rtp_llm.export.calibrate import calibrate
+from rtp_llm.export.checkpoint import Checkpoint, Weight
+from rtp_llm.export.decoder import Decoder
+from rtp_llm.export.families import FAMILIES, Options, Plan
+from rtp_llm.runtime.preprocess import preprocess
+from rtp_llm.runtime.prompt import PromptEncoder, expand
+
+
+@pytest.fixture(params=["qwen_vl", "llava"])
+def plan(request: pytest.FixtureRequest) -> Plan:
+    folder = request.getfixturevalue({"qwen_vl": "sample_qwen", "llava": "sample_llava"}[request.param])
+    return FAMILIES[request.param].plan(Checkpoint(folder), Options())
+
+
+def inputs_of(module: nn.Module) -> dict[str, list[Tensor]]:
+    """What each linear layer reads, kept by hooks of the test's own."""
+    seen: dict[str, list[Tensor]] = {}
+    for name, child in module.named_modules():
+        if isinstance(child, nn.Linear):
+            child.register_forward_pre_hook(
+                lambda m, args, n=name: seen.setdefault(n, []).append(args[0].flatten(0, -2))
+            )
+    return seen
+
+
+def filled(module: nn.Module, weights: dict[str, Weight]) -> nn.Module:
+    for name, weight in weights.items():
+        module.get_parameter(name).detach().copy_(weight.read())
+    return module.eval().requires_grad_(False)
+
+
+def assert_ranges(found: dict[str, calibration.Range], seen: dict[str, list[Tensor]]) -> None:
+    assert found.keys() == seen.keys()
+    for name, tensors in seen.items():
+        x = torch.cat(tensors).double().numpy()
+        assert found[name].amax == pytest.approx(np.abs(x).max(), rel=1e-4)
+        sizes = np.sort(np.sqrt((x**2).mean(1)))
+        assert found[name].typical == pytest.approx(sizes[(len(sizes) - 1) // 2], rel=1e-3)
+
+
+def test_streamed_ranges_are_those_of_the_whole_model(
+    plan: Plan, tmp_path: Path, red_circle: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Each prompt alone through whole modules in memory, against one pass over packed batches."""
+    monkeypatch.setattr(calibration, "TOKENS", 300)  # several batches
+    monkeypatch.setattr(calibration, "PICTURES", 1)
+    tag = plan.prompt.image.tags[0]
+    (tmp_path / "red.png").write_bytes(red_circle.read_bytes())
+    lines: list[dict[str, Any]] = [
+        {"prompt": f"{tag}\nWhat is this?", "urls": ["red.png"], "max_new_tokens": 5},
+        {"prompt": "Hello, world!"},
+        {"prompt": f"{tag} and {tag}", "urls": ["red.png", str(red_circle)]},
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
+    vision, decoder = calibrate(plan, data)
+
+    tower = filled(plan.make_vision(), plan.vision_weights)
+    seen = inputs_of(tower)
+    from PIL import Image
+
+    pixels = torch.from_numpy(preprocess(Image.open(red_circle), plan.vision)[None])
+    rows = tower(pixels)[0]
+    assert_ranges(vision, {n: x * 3 for n, x in seen.items()})
+
+    whole = filled(Decoder(plan.decoder), plan.decoder_weights)
+    seen = inputs_of(whole)
+    encoder = PromptEncoder(plan.prompt, plan.tokenizer)
+    for line in lines:
+        count = len(line.get("urls", []))
+        encoded = encoder.encode_prompt(line["prompt"], [None] * count)
+        ids, spans = expand(encoded, [len(rows)] * count, plan.prompt.image.token_id)
+        sequence = torch.tensor(ids)
+        for start, length in spans:
+            sequence[start : start + length] = plan.decoder.vocab_size + torch.arange(length)
+        n = len(ids)
+        table = next(i for i, limit in enumerate(plan.decoder.limits) if n <= limit)
+        attend = Eager(whole, torch.arange(n) + table * plan.decoder.max_seq_len, [n])
+        whole(sequence, rows, attend, torch.tensor([0]), torch.arange(n))
+    del seen["head"]
+    assert_ranges(decoder, seen)
+
+
+def test_default_data_are_texts_and_pictures(plan: Plan):
+    told: list[str] = []
+    vision, decoder = calibrate(plan, tell=told.append)
+    layers = {f"layers.{i}.{n}" for i in range(plan.decoder.layers) for n in ("qkv", "o", "gate_up", "down")}
+    assert set(decoder) == layers
+    assert all(r.amax > r.typical > 0 for r in (*vision.values(), *decoder.values()))
+    assert told[0] == "calibrating: 4 pictures through the vision tower"
+    assert calibrate(plan, decoder=False) == (vision, {})
+
+
+def test_one_linear_layer_is_in_memory_at_a_time(plan: Plan):
+    with torch.device("meta"):
+        tower = plan.make_vision()
+    linears = [m for m in tower.modules() if isinstance(m, nn.Linear)]
+    there: list[int] = []
+    size = plan.vision.size
+    with torch.no_grad(), calibration._Watch().watching(tower, plan.vision_weights):
+        for linear in linears:
+            linear.register_forward_pre_hook(
+                lambda *_: there.append(sum(not m.weight.is_meta for m in linears))
+            )
+        tower(torch.zeros(1, size, size, 3, dtype=torch.uint8))
+    assert there == [1] * len(linears) and all(m.weight.is_meta for m in linears)
+
+
+@pytest.mark.parametrize(
+    "text, part",
+    [
+        ("{not json", "line 1 is '{not json'"),
+        ('{"prompt": "a"}\n["b"]', "line 2"),
+        ('{"prompt": 5}', "line 1"),
+        ('{"text": "a"}', "line 1"),
+        ("\n", "has no prompts"),
+        ('{"prompt": "a", "urls": "x.png"}', "line 1"),
+    ],
+)
+def test_a_line_that_is_wrong_is_named(text: str, part: str, sample_llava: Path, tmp_path: Path):
+    plan = FAMILIES["llava"].plan(Checkpoint(sample_llava), Options())
+    data = tmp_path / "data.jsonl"
+    data.write_text(text)
+    with pytest.raises(UserError) as caught:
+        calibrate(plan, data)
+    assert part in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_data_and_pictures_are_named(sample_llava: Path, tmp_path: Path):
+    plan = FAMILIES["llava"].plan(Checkpoint(sample_llava), Options())
+    with pytest.raises(UserError, match="nothing.jsonl cannot be read"):
+        calibrate(plan, tmp_path / "nothing.jsonl")
+    data = tmp_path / "data.jsonl"
+    tag = plan.prompt.image.tags[0]
+    data.write_text(json.dumps({"prompt": f"{tag} hm", "urls": ["gone.png"]}))
+    with pytest.raises(UserError, match="gone.png cannot be read"):
+        calibrate(plan, data)
