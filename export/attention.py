@@ -4,21 +4,24 @@ The decoder calls `attend(layer, q, k, v)` with q [T, heads · D] and k, v [T, k
 and gets [T, heads · D]. A lowering holds what the step says about rows, positions and caches; it changes
 nothing in place and keeps the new caches of each layer in `presents`.
 
-`Eager` is the specification. `Gqa` becomes ONNX Runtime's GroupQueryAttention. `linear` (standard ONNX)
-and `paged` (block tables) will stand beside them.
+`Eager` is the specification. Three become graphs (`LOWERINGS`): `Gqa` is ONNX Runtime's
+GroupQueryAttention on the CPU; `Linear` is standard ONNX, which TensorRT turns into its native cache
+layers; `Paged` is com.microsoft.PagedAttention over block tables, for ONNX Runtime CUDA and TorchScript,
+and for TensorRT once `build` has rewritten it into plugins.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .bundle import TensorSpec
+from .paged_attention import BLOCK_SIZE
 
 if TYPE_CHECKING:
     from .decoder import Decoder, DecoderConfig
@@ -78,69 +81,113 @@ class Eager:
         return torch.cat(out)
 
 
-GQA_INPUTS = (
-    # vocab_size + i selects row i of image_embeds
-    TensorSpec("input_ids", "int64", ["T"]),
-    TensorSpec("image_embeds", "float32", ["N", "hidden"]),  # N ≥ 1
-    # place in the sequence; only with logn
-    TensorSpec("positions", "int64", ["T"]),
-    # row of the stacked rope tables, 0 in padding
-    TensorSpec("position_ids", "int64", ["B", "S"]),
-    # packed token of each padded cell; idle cells 0
-    TensorSpec("pad_rows", "int64", ["B*S"]),
-    # cell b · S + s of each packed token
-    TensorSpec("packed_rows", "int64", ["T"]),
-    # tokens of each slot in this step; 0 = idle
-    TensorSpec("query_seqlens", "int32", ["B"]),
-    # tokens in the slot's cache after the step − 1; 0 for an empty idle slot
-    TensorSpec("seqlens_k", "int32", ["B"]),
-    # at least the largest seqlens_k + 1 and at least S
-    TensorSpec("total_sequence_length", "int32", []),
-    # packed tokens that go through the head
-    TensorSpec("logits_rows", "int64", ["K"]),
-)
-
-
 def cache_head_dim(head_dim: int) -> int:
-    """Size of a head in the caches: GroupQueryAttention wants a multiple of 16."""
+    """Size of a head in the caches: GroupQueryAttention wants a multiple of 16, and the kernels are glad."""
     return -(-head_dim // 16) * 16
 
 
-class Gqa:
+INPUT_IDS = TensorSpec("input_ids", "int64", ["T"])  # vocab_size + i selects row i of image_embeds
+IMAGE_EMBEDS = TensorSpec("image_embeds", "float32", ["N", "hidden"])  # N ≥ 1
+POSITIONS = TensorSpec("positions", "int64", ["T"])  # place in the sequence; only with logn
+ROPE_ROWS = TensorSpec("rope_rows", "int64", ["T"])  # row of the stacked rope tables
+LOGITS_ROWS = TensorSpec("logits_rows", "int64", ["K"])  # packed tokens that go through the head
+
+
+class Lowering:
+    """What the three have in common: `inputs` are the graph's, by the names of `specs`; `dtype` is that
+    of queries, keys, values and caches."""
+
+    inputs_: ClassVar[tuple[TensorSpec, ...]]
+    cache: ClassVar[tuple[int | str, ...]]  # shape; the numbers' places are "kv_heads" and "D"
+    pasts: ClassVar[tuple[str, str]]  # of the cache inputs, before ".{layer}"
+    news: ClassVar[tuple[str, str]]  # and of the outputs that are bound to the same memory
+
+    def __init__(self, decoder: Decoder, inputs: dict[str, Tensor], dtype: torch.dtype = torch.float32):
+        self.c = c = decoder.config
+        self.inputs, self.dtype = inputs, dtype
+        self.padding = cache_head_dim(c.head_dim) - c.head_dim
+        self.presents: list[Tensor] = []
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def caches(self, layer: int) -> tuple[Tensor, Tensor]:
+        key, value = self.pasts
+        return self.inputs[f"{key}.{layer}"], self.inputs[f"{value}.{layer}"]
+
+    def rotated(self, x: Tensor) -> Tensor:
+        """[T, heads · D] → the same after rope, in float32."""
+        return rotate(x.unflatten(-1, (-1, self.c.head_dim)), self.cos, self.sin).flatten(1)
+
+    def rope(self, decoder: Decoder, rows: Tensor) -> None:
+        self.cos, self.sin = F.embedding(rows, decoder.cos), F.embedding(rows, decoder.sin)
+
+    def wide(self, x: Tensor, heads: int) -> Tensor:
+        """[T, heads · D] → [T, heads · padded D], of the lowering's type."""
+        if self.padding:
+            x = F.pad(x.unflatten(-1, (heads, -1)), (0, self.padding)).flatten(1)
+        return x if x.dtype == self.dtype else x.to(self.dtype)
+
+    def narrow(self, x: Tensor) -> Tensor:
+        """And back, in float32."""
+        return self.cut(x if x.dtype == torch.float32 else x.float())
+
+    def cut(self, x: Tensor) -> Tensor:
+        """[T, heads · padded D] → [T, heads · D]"""
+        if self.padding:
+            x = x.unflatten(-1, (self.c.heads, -1))[..., : self.c.head_dim].flatten(1)
+        return x
+
+
+class Gqa(Lowering):
     """com.microsoft.GroupQueryAttention; only this node is padded, to B slots × S tokens.
 
-    `inputs` are the graph's, by the names of `gqa_specs`; past_key.{i} and past_value.{i}, float32
-    [B, kv_heads, Smax, cache_head_dim], are bound in place as present_key.{i} and present_value.{i}:
-    positions + S must stay ≤ Smax for every row of the step, idle ones included.
+    past_key.{i} and past_value.{i}, float32 [B, kv_heads, Smax, cache_head_dim], are bound in place as
+    present_key.{i} and present_value.{i}: positions + S must stay ≤ Smax for every row of the step, idle
+    ones included.
     """
 
-    def __init__(self, decoder: Decoder, inputs: dict[str, Tensor]):
-        self.c = c = decoder.config
-        self.inputs = inputs
-        self.presents: list[Tensor] = []
-        self.padding = cache_head_dim(c.head_dim) - c.head_dim
+    inputs_ = (
+        INPUT_IDS,
+        IMAGE_EMBEDS,
+        POSITIONS,
+        # row of the stacked rope tables, 0 in padding
+        TensorSpec("position_ids", "int64", ["B", "S"]),
+        # packed token of each padded cell; idle cells 0
+        TensorSpec("pad_rows", "int64", ["B*S"]),
+        # cell b · S + s of each packed token
+        TensorSpec("packed_rows", "int64", ["T"]),
+        # tokens of each slot in this step; 0 = idle
+        TensorSpec("query_seqlens", "int32", ["B"]),
+        # tokens in the slot's cache after the step − 1; 0 for an empty idle slot
+        TensorSpec("seqlens_k", "int32", ["B"]),
+        # at least the largest seqlens_k + 1 and at least S
+        TensorSpec("total_sequence_length", "int32", []),
+        LOGITS_ROWS,
+    )
+    cache = ("B", "kv_heads", "Smax", "D")
+    pasts, news = ("past_key", "past_value"), ("present_key", "present_value")
+
+    def __init__(self, decoder: Decoder, inputs: dict[str, Tensor], dtype: torch.dtype = torch.float32):
+        super().__init__(decoder, inputs, dtype)
         position_ids, pad_rows = inputs["position_ids"], inputs["pad_rows"]
         shape = _op("Shape", position_ids, shape=[2])
         self.pad_rows = _op("Reshape", pad_rows, shape, shape=position_ids.shape)
         # a table whose width is no multiple of 8 is refused by the node: rotate outside of it
-        self.inside = c.rotary // 2 % 8 == 0
+        self.inside = self.c.rotary // 2 % 8 == 0
         self.tables: list[Tensor | None] = [None] * 3
         if self.inside:
             self.tables = [decoder.cos, decoder.sin, position_ids]
         else:
             column = _op("Reshape", position_ids, _ints(-1, 1), shape=[pad_rows.shape[0], 1])
-            rows = F.embedding(inputs["packed_rows"], column).squeeze(1)
-            self.cos, self.sin = F.embedding(rows, decoder.cos), F.embedding(rows, decoder.sin)
+            self.rope(decoder, F.embedding(inputs["packed_rows"], column).squeeze(1))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         c, inputs = self.c, self.inputs
         if not self.inside:
-            q, k = (
-                rotate(x.unflatten(-1, (-1, c.head_dim)), self.cos, self.sin).flatten(1)
-                for x in (q, k)
-            )
-        q, k, v = self._cells(q, c.heads), self._cells(k, c.kv_heads), self._cells(v, c.kv_heads)
-        past = inputs[f"past_key.{layer}"], inputs[f"past_value.{layer}"]
+            q, k = self.rotated(q), self.rotated(k)
+        q, k, v = (self._cells(x, n) for x, n in ((q, c.heads), (k, c.kv_heads), (v, c.kv_heads)))
+        past = self.caches(layer)
         lengths = inputs["seqlens_k"], inputs["total_sequence_length"]
         attrs: dict[str, Any] = {
             "num_heads": c.heads,
@@ -161,42 +208,171 @@ class Gqa:
         self.presents += [key, value]
         width = q.shape[-1]
         cells = _op("Reshape", out, _ints(-1, width), shape=[inputs["pad_rows"].shape[0], width])
-        out = F.embedding(inputs["packed_rows"], cells)
-        if self.padding:
-            out = out.unflatten(-1, (c.heads, -1))[..., : c.head_dim].flatten(1)
-        return out
+        return self.narrow(F.embedding(inputs["packed_rows"], cells))
 
     def _cells(self, x: Tensor, heads: int) -> Tensor:
         """[T, heads · D] → [B, S, heads · padded D]."""
-        if self.padding:
-            x = F.pad(x.unflatten(-1, (heads, -1)), (0, self.padding)).flatten(1)
-        return F.embedding(self.pad_rows, x)
+        return F.embedding(self.pad_rows, self.wide(x, heads))
 
 
-def gqa_specs(c: DecoderConfig) -> tuple[list[TensorSpec], list[TensorSpec]]:
-    """Inputs and outputs of the decoder graph, in order."""
-    inputs = [spec for spec in GQA_INPUTS if spec.name != "positions" or c.logn]
+class Linear(Lowering):
+    """Standard ONNX, opset 24: TensorScatter into a cache of slots, then Attention under a mask; padded to
+    B slots × S tokens as `Gqa`.
+
+    past_key.{i} and past_value.{i} [B, kv_heads, Smax, cache_head_dim] are bound in place as
+    present_key.{i} and present_value.{i}; TensorRT's cache layers drop what lies outside in silence, so
+    write_indices + S ≤ Smax is the caller's duty for every row, idle ones included. A row's cells past
+    its tokens are written too: behind its last token, where the next step writes.
+    """
+
+    inputs_ = (
+        INPUT_IDS,
+        IMAGE_EMBEDS,
+        POSITIONS,
+        ROPE_ROWS,
+        TensorSpec("pad_rows", "int64", ["B*S"]),  # packed token of each padded cell; idle cells 0
+        TensorSpec("packed_rows", "int64", ["T"]),  # cell b · S + s of each packed token
+        TensorSpec("query_positions", "int64", ["B", "S"]),  # place in the sequence; 0 in padding
+        TensorSpec("key_positions", "int64", ["L"]),  # 0 … L − 1: the part of the cache that is read
+        TensorSpec("write_indices", "int64", ["B"]),  # tokens in the slot's cache before the step
+        LOGITS_ROWS,
+    )
+    cache = ("B", "kv_heads", "Smax", "D")
+    pasts, news = Gqa.pasts, Gqa.news
+
+    def __init__(self, decoder: Decoder, inputs: dict[str, Tensor], dtype: torch.dtype = torch.float32):
+        super().__init__(decoder, inputs, dtype)
+        self.rope(decoder, inputs["rope_rows"])
+        query, key = inputs["query_positions"], inputs["key_positions"]
+        shape = _op("Shape", query, shape=[2])
+        self.pad_rows = _op("Reshape", inputs["pad_rows"], shape, shape=query.shape)
+        self.length = _op("Shape", key, shape=[1])
+        query, key = query.unsqueeze(-1), key.unsqueeze(0).unsqueeze(0)
+        mask = key <= query  # [B, S, L]
+        if self.c.window:
+            mask = mask & (key > query - self.c.window)
+        self.mask = mask.unsqueeze(1)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        c, inputs = self.c, self.inputs
+        heads = ((self.rotated(q), c.heads), (self.rotated(k), c.kv_heads), (v, c.kv_heads))
+        q, k, v = (self._cells(x, n) for x, n in heads)
+        seen = []
+        for past, new in zip(self.caches(layer), (k, v), strict=True):
+            cache = torch.onnx.ops.symbolic(
+                "TensorScatter", (past, new, inputs["write_indices"]), {"axis": -2, "mode": "linear"},
+                dtype=past.dtype, shape=past.shape, version=24,
+            )  # fmt: skip
+            self.presents.append(cache)
+            shape = [*past.shape[:2], inputs["key_positions"].shape[0], past.shape[3]]
+            seen.append(_op("Slice", cache, _ints(0), self.length, _ints(2), shape=shape))
+        out = torch.onnx.ops.symbolic(
+            "Attention", (q, *seen, self.mask),
+            # softmax in float32 (ONNX's number of that type)
+            {"scale": c.head_dim**-0.5, "is_causal": 0, "softmax_precision": 1},
+            dtype=q.dtype, shape=q.shape, version=24,
+        )  # fmt: skip
+        width = q.shape[1] * q.shape[3]
+        cells = [inputs["pad_rows"].shape[0], width]
+        out = _op("Reshape", out.transpose(1, 2), _ints(-1, width), shape=cells)
+        return self.narrow(F.embedding(inputs["packed_rows"], out))
+
+    def _cells(self, x: Tensor, heads: int) -> Tensor:
+        """[T, heads · D] → [B, heads, S, padded D]."""
+        x = F.embedding(self.pad_rows, self.wide(x, heads))
+        return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+class Paged(Lowering):
+    """com.microsoft.PagedAttention over blocks; rope in float32 outside of it, as its tables are stacked.
+
+    key_cache.{i} and value_cache.{i} [blocks, block_size, kv_heads, cache_head_dim] are bound in place as
+    key_cache_out.{i} and value_cache_out.{i}. What the node computes: paged_attention/reference.py.
+    """
+
+    inputs_ = (
+        INPUT_IDS,
+        IMAGE_EMBEDS,
+        POSITIONS,
+        ROPE_ROWS,
+        TensorSpec("cumulative_sequence_length", "int32", ["R1"]),  # first packed token of each row, and T
+        TensorSpec("past_seqlens", "int32", ["R"]),  # tokens of each row in the cache before the step
+        TensorSpec("block_table", "int32", ["R", "M"]),  # of each row, in order; −1 = none
+        # upper bounds of a row's new tokens and of its total, on the host: spares ONNX Runtime a readback
+        # in every layer; nobody else looks at it
+        TensorSpec("attention_metadata", "int32", [2]),
+        LOGITS_ROWS,
+    )
+    cache = ("blocks", BLOCK_SIZE, "kv_heads", "D")
+    pasts, news = ("key_cache", "value_cache"), ("key_cache_out", "value_cache_out")
+
+    def __init__(self, decoder: Decoder, inputs: dict[str, Tensor], dtype: torch.dtype = torch.float32):
+        super().__init__(decoder, inputs, dtype)
+        self.rope(decoder, inputs["rope_rows"])
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        c = self.c
+        heads = ((self.rotated(q), c.heads), (self.rotated(k), c.kv_heads), (v, c.kv_heads))
+        q, k, v = (self.wide(x, n) for x, n in heads)
+        return self.narrow(self.node(layer, q, k, v))
+
+    def node(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        c, inputs = self.c, self.inputs
+        caches = self.caches(layer)
+        rows = (inputs[s.name] for s in self.inputs_[4:7])
+        absent = [None] * 8  # rope, slot mapping, sinks, norms, scales
+        metadata = [*absent, inputs["attention_metadata"]] if "attention_metadata" in inputs else []
+        out, key, value = torch.onnx.ops.symbolic_multi_out(
+            "com.microsoft::PagedAttention",
+            (q, k, v, *caches, *rows, *metadata),
+            attrs={
+                "num_heads": c.heads,
+                "kv_num_heads": c.kv_heads,
+                "scale": c.head_dim**-0.5,
+                "local_window_size": c.window or -1,
+            },
+            dtypes=[q.dtype] * 3,
+            shapes=[q.shape, caches[0].shape, caches[1].shape],
+            version=1,
+        )
+        self.presents += [key, value]
+        return out
+
+
+LOWERINGS: dict[str, type[Lowering]] = {"gqa": Gqa, "linear": Linear, "paged": Paged}
+
+
+def specs(
+    lowering: str, c: DecoderConfig, dtype: str = "float32", metadata: bool = True
+) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """Inputs and outputs of the decoder graph, in order. `dtype`: of the caches; `metadata`: with
+    attention_metadata, which only ONNX graphs take."""
+    kind = LOWERINGS[lowering]
+    left_out = {"positions": not c.logn, "attention_metadata": not metadata}
+    inputs = [spec for spec in kind.inputs_ if not left_out.get(spec.name)]
     inputs[1] = replace(inputs[1], shape=["N", c.hidden_size])
     outputs = [TensorSpec("logits", "float32", ["K", c.vocab_size])]
-    cache: list[int | str] = ["B", c.kv_heads, "Smax", cache_head_dim(c.head_dim)]
+    numbers: dict[int | str, int] = {"kv_heads": c.kv_heads, "D": cache_head_dim(c.head_dim)}
+    cache: list[int | str] = [numbers.get(d, d) for d in kind.cache]
     for i in range(c.layers):
-        for kind in ("key", "value"):
-            inputs.append(TensorSpec(f"past_{kind}.{i}", "float32", cache))
-            outputs.append(TensorSpec(f"present_{kind}.{i}", "float32", cache))
+        for past, new in zip(kind.pasts, kind.news, strict=True):
+            inputs.append(TensorSpec(f"{past}.{i}", dtype, cache))
+            outputs.append(TensorSpec(f"{new}.{i}", dtype, cache))
     return inputs, outputs
 
 
-class GqaGraph(nn.Module):
-    """The decoder as an exportable graph: tensors in the order of `gqa_specs` → logits, presents."""
+class Graph(nn.Module):
+    """The decoder as an exportable graph: tensors in the order of `specs` → logits, new caches."""
 
-    def __init__(self, decoder: Decoder):
+    def __init__(self, decoder: Decoder, lowering: type[Lowering], inputs: list[TensorSpec]):
         super().__init__()
-        self.decoder = decoder
-        self.names = [spec.name for spec in gqa_specs(decoder.config)[0]]
+        self.decoder, self.lowering = decoder, lowering
+        self.names = [spec.name for spec in inputs]
+        self.dtype = getattr(torch, inputs[-1].dtype)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         inputs = dict(zip(self.names, tensors, strict=True))
-        attend = Gqa(self.decoder, inputs)
+        attend = self.lowering(self.decoder, inputs, self.dtype)
         logits = self.decoder(
             inputs["input_ids"],
             inputs["image_embeds"],

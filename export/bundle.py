@@ -15,7 +15,7 @@ import re
 import shutil
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,6 +163,19 @@ class FileSpec:
 
 
 @dataclass(frozen=True)
+class EngineSpec:
+    """A TensorRT plan that `rtp-llm build` made of a graph: it runs on this GPU and version alone."""
+
+    path: str  # inside the bundle
+    gpu: str  # name
+    compute_capability: str  # "9.0"
+    tensorrt: str  # "10.15.1.29"
+    plugin: str  # version of the attention plugin inside; "" where there is none
+    limits: dict[str, int]  # that it was built for, of build/builder.py
+    options: dict[str, Any] = field(default_factory=dict)  # of the build, where they are not the default
+
+
+@dataclass(frozen=True)
 class Origin:
     checkpoint: str  # path or hub id, for `verify`
     fingerprint: str
@@ -184,6 +197,7 @@ class Bundle:
     tokenizer: str  # file name
     files: dict[str, FileSpec]  # every file but bundle.json
     origin: Origin
+    engines: dict[str, EngineSpec] = field(default_factory=dict)  # "vision", "decoder": plans of the graphs
     path: Path = Path()  # set by `read`; not written
 
     def read_path(self, name: str) -> Path:
@@ -250,6 +264,8 @@ def read(path: str | os.PathLike[str], check_hashes: bool = False) -> Bundle:
     """
     root = Path(path).resolve()
     manifest = root / MANIFEST
+    if not root.exists():
+        raise BundleError(f"{path} is not a bundle: it does not exist")
     if not manifest.is_file():
         raise BundleError(f"{path} is not a bundle: it has no {MANIFEST}")
     try:
@@ -284,7 +300,8 @@ def read(path: str | os.PathLike[str], check_hashes: bool = False) -> Bundle:
             )
         if check_hashes and (found := sha256(file)) != spec.sha256:
             raise BundleError(f"{path}: file {name} has SHA-256 {found}, expected {spec.sha256}")
-    for name in [bundle.tokenizer, *(g.path for g in bundle.graphs.values())]:
+    parts = [*bundle.graphs.values(), *bundle.engines.values()]
+    for name in [bundle.tokenizer, *(part.path for part in parts)]:
         if name not in bundle.files:
             raise BundleError(f"{MANIFEST}: {name!r} is used but not listed in files")
     return dataclasses.replace(bundle, path=root)
@@ -335,6 +352,29 @@ def _tidy(final: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
+@contextmanager
+def staging(bundle: Bundle) -> Iterator[Path]:
+    """A folder inside a bundle for what is being added to it, on the same disk; gone at the end.
+
+    What lies beside it under its name and an ending goes too, and the leftovers of killed builds.
+    """
+    for left in bundle.path.glob(".build-*"):
+        pid = re.match(r"\.build-(\d{1,9})", left.name)
+        if not pid or not _alive(int(pid[1])):
+            _remove(left)
+    folder = bundle.path / f".build-{os.getpid()}"
+    folder.mkdir(exist_ok=True)
+    try:
+        yield folder
+    finally:
+        for left in bundle.path.glob(f"{folder.name}*"):
+            _remove(left)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -352,7 +392,36 @@ def write(folder: Path, bundle: Bundle) -> Bundle:
         for f in sorted(folder.rglob("*"))
         if f.is_file() and f.name != MANIFEST
     }
-    bundle = dataclasses.replace(bundle, files=files)
+    return _record(folder, dataclasses.replace(bundle, files=files))
+
+
+def add_engines(bundle: Bundle, engines: Mapping[str, EngineSpec], staged: Mapping[str, Path]) -> Bundle:
+    """Move the plans `staged` (name in the bundle → where it lies, on the same disk) into a bundle that is in
+    its place, in place of the engines there.
+
+    Interrupted at any point, the bundle is one without engines, or the old or the new one.
+    """
+    old = {engine.path for engine in bundle.engines.values()}
+    files = {name: spec for name, spec in bundle.files.items() if name not in old}
+    added = {name: FileSpec(path.stat().st_size, sha256(path)) for name, path in staged.items()}
+    if old:
+        _record(bundle.path, dataclasses.replace(bundle, files=files, engines={}))
+    for name, path in staged.items():
+        path.replace(bundle.path / name)
+    new = dataclasses.replace(bundle, files={**files, **added}, engines=dict(engines))
+    new = _record(bundle.path, new)
+    for name in old - set(added):
+        (bundle.path / name).unlink(missing_ok=True)
+    return new
+
+
+def _record(folder: Path, bundle: Bundle) -> Bundle:
+    """Write bundle.json in one stroke."""
     text = json.dumps(to_json(bundle), indent=1, ensure_ascii=False)
-    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    partial = folder / f".{MANIFEST}.{os.getpid()}"
+    try:
+        partial.write_text(text + "\n", encoding="utf-8")
+        partial.replace(folder / MANIFEST)
+    finally:
+        partial.unlink(missing_ok=True)
     return bundle

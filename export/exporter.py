@@ -1,71 +1,36 @@
-"""Checkpoint → bundle: the steps, in order.
-
-Graphs are traced on fake tensors; weights go from the mapped checkpoint through their transform into the
-graph's data file in chunks of rows, so memory does not grow with the model.
-"""
+"""Checkpoint → bundle: the steps, in order."""
 
 from __future__ import annotations
 
 import dataclasses
 import errno
-import logging
+import importlib
 import math
 import os
 import re
 import shutil
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..errors import (
     BundleError,
     CheckpointError,
-    InternalError,
     MissingDependency,
     NotSupportedYet,
     UserError,
 )
 from . import bundle as bundles
-from .bundle import Bundle, GraphSpec, ModelSpec, Origin, RopeSpec, TensorSpec
+from .bundle import Bundle, ModelSpec, Origin, RopeSpec
 from .checkpoint import Checkpoint, Weight, resolve, size_text
 from .families import FAMILIES, Options, Plan, detect
+from .graph import GraphPlan, Progress, Writer
+from .target import Target, check_precision, target
 
-if TYPE_CHECKING:
-    import onnx_ir as ir
-    from torch import Tensor, nn
-
-EXPORTER = "1"  # raise it when the same checkpoint and options give another bundle
-PRECISIONS = ("auto", "fp32", "int8", "int4")
-OPSET = 23
-CHUNK = 2**22  # weights transformed at a time
-SMALL = 2_000_000_000  # parameters up to which "auto" on a CPU keeps float32
+EXPORTER = "2"  # raise it when the same checkpoint and options give another bundle
 WORKING = 2**30  # bytes of memory that an export takes beside its largest chunk
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What `export` tells its `progress` callback: a line of text, or bytes written so far."""
-
-    text: str
-    done: int = 0  # bytes
-    total: int = 0  # bytes; 0: only a line of text
-    seconds: float = 0.0  # since the first byte
-
-    @property
-    def rate(self) -> float:
-        """Bytes per second."""
-        return self.done / self.seconds if self.seconds else 0.0
-
-    @property
-    def left(self) -> float:
-        """Seconds until the last byte, at the rate so far."""
-        return (self.total - self.done) / self.rate if self.rate else 0.0
 
 
 def export(
@@ -74,36 +39,48 @@ def export(
     *,
     model: str | None = None,
     backend: str = "onnxruntime",
+    device: str | None = None,
+    kv_cache: str | None = None,
     precision: str = "auto",
-    vision_precision: str = "fp32",
+    vision_precision: str | None = None,
     max_seq_len: int | None = None,
     vision_tower: str | None = None,
     conversation: str | None = None,
     tokenizer: str | None = None,
     revision: str | None = None,
+    calibration: str | os.PathLike[str] | None = None,
     force: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Bundle:
     """Export a checkpoint folder or hub id to the bundle folder `output`, and open that.
 
-    model: the family, checked against the checkpoint. precision: of the decoder's linear layers, head
-    and embedding; "auto" is int4 above two billion parameters and fp32 below. vision_precision: of the
-    image encoder's linear layers. vision_tower, conversation, tokenizer: in place of what the checkpoint
-    names. output: default `./<name>-<backend>-<precision>`; a bundle of the same checkpoint and options
-    that is already there is kept, unless `force`. A failed export leaves nothing behind.
+    model: the family, checked against the checkpoint. backend, device, kv_cache: what will run it, see
+    target.py. precision: of the decoder's linear layers, head and embedding; "auto" is bf16 for a GPU, and
+    on a CPU int4 above two billion parameters and fp32 below. vision_precision: of the image encoder's
+    linear layers; default as exact as the decoder's activations. vision_tower, conversation, tokenizer: in
+    place of what the checkpoint names. calibration: JSONL of prompts for fp8 and int8 engines, see
+    calibrate.py. output: default `./<name>-<backend>-<precision>`; a bundle of the
+    same checkpoint and options that is already there is kept, unless `force`. A failed export leaves
+    nothing behind.
 
     Raises CheckpointError (missing or damaged checkpoint), UnknownArchitecture, NotSupportedYet,
     BundleError (`output` is something else), UserError (impossible options; disk or memory too small).
     """
     tell = progress or (lambda _: None)
-    _check_options(model, backend, precision, vision_precision)
+    if model is not None and model not in FAMILIES:
+        raise UserError(f"--model is {model!r}, known families are {', '.join(FAMILIES)}")
+    made_for = target(backend, device, kv_cache)
+    if precision != "auto":
+        check_precision(made_for, "precision", precision)
+    if vision_precision is not None:
+        check_precision(made_for, "vision_precision", vision_precision)
+    packages = ["torch", *([] if backend == "torchscript" else ["onnx", "onnxscript", "onnx_ir"])]
     try:
-        import onnx_ir  # noqa: F401
-        import torch  # noqa: F401
+        for package in packages:
+            importlib.import_module(package)
     except ImportError as e:
-        raise MissingDependency(
-            f"an export needs {e.name}: pip install torch onnx onnxscript onnx-ir"
-        ) from e
+        names = " ".join(packages).replace("_", "-")
+        raise MissingDependency(f"an export needs {e.name}: pip install {names}") from e
 
     source = Checkpoint(resolve(checkpoint, revision, tell=lambda text: tell(Progress(text))))
     family, architecture = detect(source.config)
@@ -121,32 +98,49 @@ def export(
         weight.check()
 
     count = _parameters(plan.decoder_weights) + _parameters(plan.vision_weights)
-    if precision == "auto":
-        precision = "int4" if count > SMALL else "fp32"
+    precision = made_for.precision(precision, count)
+    vision_precision = made_for.vision_precision(vision_precision, precision)
+    ranged = made_for.kind == "engine" and bool({precision, vision_precision} & {"fp8", "int8"})
+    if calibration and not ranged:
+        raise UserError(
+            f"calibration is for fp8 and int8 of backend tensorrt, not for {precision} of {backend}"
+        )
     name = _name(checkpoint)
-    final = Path(output) if output is not None else Path(f"{name}-{backend}-{precision}")
+    final = Path(output) if output is not None else Path(_folder(name, made_for, precision))
     origin = Origin(
         checkpoint=str(source.path) if Path(checkpoint).exists() else str(checkpoint),
         fingerprint="-".join(Checkpoint(f).fingerprint() for f in plan.folders),
         options={
+            "backend": backend,
+            "attention": made_for.attention,
             "precision": precision,
             "vision_precision": vision_precision,
+            "calibration": _calibration(calibration),
             **dataclasses.asdict(options),
         },
         tools=_tools(),
     )
     tell(Progress(f"{name}: {family}, {architecture}, {_count(count)} parameters"))
-    if (kept := _kept(final, origin)) and not force:
+    if (kept := _kept(final, origin, tell)) and not force:
         tell(Progress(f"{final} is already the export of this checkpoint (--force redoes it)"))
         return kept
 
     graphs = {
-        "vision": _Graph.of_vision(plan, vision_precision),
-        "decoder": _Graph.of_decoder(plan, precision),
+        "vision": GraphPlan.of_vision(plan, made_for, vision_precision),
+        "decoder": GraphPlan.of_decoder(plan, made_for, precision),
     }
     total = sum(g.bytes for g in graphs.values())
-    _check_space(final, total, precision, tell)
-    writer = _Writer(total, tell)
+    # a TorchScript graph's weights are there twice while it is written
+    twice = max(g.bytes for g in graphs.values()) if backend == "torchscript" else 0
+    _check_space(final, total, twice, precision, made_for, WORKING * (2 if ranged else 1), tell)
+    if ranged:
+        from .calibrate import calibrate
+
+        data = Path(calibration) if calibration else None
+        ranges = calibrate(plan, data, precision in ("fp8", "int8"), lambda text: tell(Progress(text)))
+        for graph, seen in zip(graphs.values(), ranges, strict=True):
+            graph.ranges = seen
+    writer = Writer(total, tell)
     try:
         with bundles.writing(final) as folder:
             # not its own save(), whose error on a full disk is no OSError
@@ -163,7 +157,7 @@ def export(
                     name=name,
                     backend=backend,
                     precision=precision,
-                    model=_model_spec(plan, family, count),
+                    model=_model_spec(plan, family, count, made_for.attention),
                     vision=plan.vision,
                     prompt=plan.prompt,
                     generation=plan.generation,
@@ -178,7 +172,12 @@ def export(
             raise UserError(f"the disk became full while writing {final}; nothing was left there") from e
         raise
     tell(Progress(f"wrote {final} ({size_text(total)})"))
-    return bundles.read(final)
+    made = bundles.read(final)
+    if backend == "torchscript":  # archives are programs: these were made here
+        from ..trust import record
+
+        record([made.read_path(spec.path) for spec in made.graphs.values()])
+    return made
 
 
 class StderrProgress:
@@ -198,32 +197,16 @@ class StderrProgress:
         if p.done < p.total and now - self._shown < (0.2 if terminal else 10):
             return
         self._shown = now
-        line = (
-            f"{p.text[:36]:36} {p.done / p.total:4.0%} of {size_text(p.total)}, {p.rate / 1e6:.0f} MB/s, "
-            f"{int(p.left) // 60}:{int(p.left) % 60:02} left"
-        )
+        line = self.line(p)
         print(f"\r{line}\x1b[K" if terminal else line, end="" if terminal else "\n", file=sys.stderr)
         sys.stderr.flush()
         self._open = terminal
 
-
-def _check_options(model: str | None, backend: str, precision: str, vision_precision: str) -> None:
-    if model is not None and model not in FAMILIES:
-        raise UserError(f"--model is {model!r}, known families are {', '.join(FAMILIES)}")
-    if backend in ("torchscript", "tensorrt"):
-        raise NotSupportedYet(f"backend {backend!r} is not supported yet: use onnxruntime")
-    if backend != "onnxruntime":
-        raise UserError(f"backend is {backend!r}, expected onnxruntime, torchscript or tensorrt")
-    for field, value in (("precision", precision), ("vision_precision", vision_precision)):
-        if value == "fp16":
-            raise UserError(
-                f"{field} fp16 is refused on the CPU: it runs by expanding to float32, which takes twice "
-                "the memory and gains nothing; use fp32, int8 or int4"
-            )
-        if value in ("bf16", "fp8"):
-            raise UserError(f"{field} {value} needs a GPU: on the CPU use fp32, int8 or int4")
-        if value not in PRECISIONS or (value == "auto" and field != "precision"):
-            raise UserError(f"{field} is {value!r}, expected {', '.join(PRECISIONS)}")
+    def line(self, p: Progress) -> str:
+        return (
+            f"{p.text[:36]:36} {p.done / p.total:4.0%} of {size_text(p.total)}, {p.rate / 1e6:.0f} MB/s, "
+            f"{int(p.left) // 60}:{int(p.left) % 60:02} left"
+        )
 
 
 def _parameters(weights: Mapping[str, Weight]) -> int:
@@ -237,11 +220,26 @@ def _name(checkpoint: str | os.PathLike[str]) -> str:
     return re.sub(r"[^\w.-]+", "-", name) or "model"
 
 
+def _folder(name: str, made_for: Target, precision: str) -> str:
+    kind = "-linear" if made_for.attention == "linear" else ""
+    return f"{name}-{made_for.backend}{kind}-{precision}"
+
+
+def _calibration(file: str | os.PathLike[str] | None) -> dict[str, str] | None:
+    """Which prompts they were: a file's content may change."""
+    if file is None:
+        return None
+    try:
+        return {"file": os.fspath(file), "sha256": bundles.sha256(Path(file))}
+    except OSError as e:
+        raise UserError(f"calibration data {os.fspath(file)} cannot be read: {e.strerror}") from e
+
+
 def _tools() -> dict[str, str]:
     from importlib import metadata
 
     tools = {"rtp_llm": __version__, "exporter": EXPORTER}
-    for package in ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime"):
+    for package in ("torch", "triton", "onnx", "onnx-ir", "onnxscript", "onnxruntime"):
         try:
             tools[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -249,7 +247,7 @@ def _tools() -> dict[str, str]:
     return tools
 
 
-def _kept(final: Path, origin: Origin) -> Bundle | None:
+def _kept(final: Path, origin: Origin, tell: Callable[[Progress], None]) -> Bundle | None:
     """The bundle at `final` if it is what this export would make; BundleError if it is no bundle."""
     if not final.exists() or (final.is_dir() and not any(final.iterdir())):
         return None
@@ -261,44 +259,67 @@ def _kept(final: Path, origin: Origin) -> Bundle | None:
         return None  # damaged or of another schema: export anew
     ours = [(o.fingerprint, o.options, o.tools.get("rtp_llm"), o.tools.get("exporter"))
             for o in (there.origin, origin)]  # fmt: skip
-    return there if ours[0] == ours[1] else None
+    if ours[0] != ours[1]:
+        return None
+    if there.backend == "torchscript":
+        from ..trust import check
+
+        try:
+            check(there, [spec.path for spec in there.graphs.values()])
+        except BundleError:  # opening it would be refused, with the advice to make it here
+            tell(Progress(f"{final} was not made on this machine, or has changed since: exporting it anew"))
+            return None
+    return there
 
 
-def _check_space(final: Path, total: int, precision: str, tell: Callable[[Progress], None]) -> None:
+def _check_space(
+    final: Path,
+    total: int,
+    twice: int,
+    precision: str,
+    made_for: Target,
+    working: int,
+    tell: Callable[[Progress], None],
+) -> None:
     import psutil
 
     folder = final.absolute().parent
     while not folder.exists():
         folder = folder.parent
     free, memory = shutil.disk_usage(folder).free, psutil.virtual_memory()
-    need = total + total // 100 + 2**26
+    need = total + twice + total // 100 + 2**26
+    smaller = _smaller(precision, made_for)
+    opened = "and more than that of a GPU's memory to run it"
+    if made_for.device != "cuda":
+        opened = f"about {size_text(total * 3 // 2)} of memory to open it ({size_text(memory.total)} here)"
     tell(Progress(
-        f"precision {precision}: {size_text(total)} on disk ({size_text(free)} free), about "
-        f"{size_text(total * 3 // 2)} of memory to open it ({size_text(memory.total)} here)"
+        f"precision {precision}: {size_text(total)} on disk ({size_text(free)} free), {opened}"
     ))  # fmt: skip
     if need > free:
-        raise UserError(f"{folder} has {size_text(free)} free, the bundle needs {size_text(need)}: "
-                        "give another --output" + _smaller(precision))  # fmt: skip
-    if memory.available < WORKING:
+        raise UserError(f"{folder} has {size_text(free)} free, the export needs {size_text(need)}: "
+                        f"give another --output{smaller}")  # fmt: skip
+    if memory.available < working:
         raise UserError(
-            f"an export needs {size_text(WORKING)} of memory, {size_text(memory.available)} are available"
+            f"an export needs {size_text(working)} of memory, {size_text(memory.available)} are available"
         )
-    if total > memory.total:
+    if total > memory.total and made_for.kind == "cpu":  # a GPU's bundle may be for another machine
         raise UserError(
             f"{precision} weights take {size_text(total)}, this machine has "
-            f"{size_text(memory.total)} of memory" + _smaller(precision)
+            f"{size_text(memory.total)} of memory{smaller}"
         )
 
 
-def _smaller(precision: str) -> str:
-    return "" if precision == "int4" else "; or export with --precision int4"
+def _smaller(precision: str, made_for: Target) -> str:
+    """Advice: the smallest precision of the target, where it is another."""
+    least = next((p for p in ("int4", "int8") if p in made_for.precisions), precision)
+    return "" if precision == least else f"; or export with --precision {least}"
 
 
 def _count(count: int) -> str:
     return f"{count / 1e9:.2f} billion" if count >= 1e9 else f"{count / 1e6:.2f} million"
 
 
-def _model_spec(plan: Plan, family: str, count: int) -> ModelSpec:
+def _model_spec(plan: Plan, family: str, count: int, attention: str) -> ModelSpec:
     from .attention import cache_head_dim
 
     d = plan.decoder
@@ -313,247 +334,6 @@ def _model_spec(plan: Plan, family: str, count: int) -> ModelSpec:
         head_dim=cache_head_dim(d.head_dim),
         max_seq_len=d.max_seq_len,
         rope=RopeSpec("linear", d.limits),
-        attention="gqa",
+        attention=attention,
         parameters=count,
     )
-
-
-# ------------------------------------------------------------------------------------------- graphs
-
-
-@dataclass
-class _Graph:
-    """A module to be exported, with where its weights come from."""
-
-    make: Callable[[], nn.Module]  # the module whose forward takes `inputs` in order
-    root: str  # what stands before the names of `weights` in that module
-    weights: Mapping[str, Weight]
-    constants: Mapping[str, Tensor]  # buffers that are computed
-    inputs: list[TensorSpec]
-    outputs: list[TensorSpec]
-    precision: str
-    transposed: bool  # store float32 linear layers for MatMul
-
-    @classmethod
-    def of_vision(cls, plan: Plan, precision: str) -> _Graph:
-        v = plan.vision
-        return cls(
-            make=plan.make_vision,
-            root="",
-            weights=plan.vision_weights,
-            constants={},
-            inputs=[TensorSpec("pixels", "uint8", ["N", v.size, v.size, 3])],
-            outputs=[TensorSpec("image_embeds", "float32", ["N", v.tokens, v.hidden_size])],
-            precision=precision,
-            transposed=True,
-        )
-
-    @classmethod
-    def of_decoder(cls, plan: Plan, precision: str) -> _Graph:
-        from .attention import GqaGraph, gqa_specs
-        from .decoder import Decoder, constants
-
-        inputs, outputs = gqa_specs(plan.decoder)
-        return cls(
-            make=lambda: GqaGraph(Decoder(plan.decoder)),
-            root="decoder.",
-            weights=plan.decoder_weights,
-            constants=constants(plan.decoder),
-            inputs=inputs,
-            outputs=outputs,
-            precision=precision,
-            transposed=False,
-        )
-
-    @property
-    def bytes(self) -> int:
-        """Size of the data file, nearly."""
-        per_weight = {"fp32": 4.0, "int8": 1 + 4 / 32 + 1 / 32, "int4": 0.5 + 4 / 32 + 0.5 / 32}
-        size = 0.0
-        for weight in self.weights.values():
-            elements = sum(math.prod(shape) for _, shape in weight.parts)
-            matrix = len(weight.parts[0][1]) == 2
-            size += elements * per_weight[self.precision if matrix else "fp32"]
-        return int(size) + sum(t.nbytes for t in self.constants.values())
-
-    def write(self, folder: Path, key: str, writer: _Writer) -> GraphSpec:
-        """Write `key`.onnx and its data file."""
-        import onnx_ir as ir
-
-        writer.tell(Progress(f"tracing the {key} graph"))
-        model, stored = self._trace()
-        data = f"{key}.onnx.data"
-        with open(folder / data, "wb") as file:
-            self._fill(model, stored, file, data, key, writer)
-        ir.save(model, folder / f"{key}.onnx")
-        return GraphSpec(f"{key}.onnx", self.inputs, self.outputs, self.precision)
-
-    def _trace(self) -> tuple[ir.Model, dict[str, str]]:
-        """The ONNX graph without weights, and how each weight is stored (quantize.swap)."""
-        import onnx_ir.passes.common as passes
-        import torch
-        from onnxscript.optimizer import fold_constants
-        from torch._subclasses.fake_tensor import FakeTensorMode
-
-        from .quantize import swap
-
-        # example sizes differ, so that no two dynamic dimensions are taken for one; none is 0 or 1
-        names = sorted({d for spec in self.inputs for d in spec.shape if isinstance(d, str)})
-        example = {name: 5 + 2 * i for i, name in enumerate(names)}
-        with _quiet(), FakeTensorMode():
-            module = self.make().eval().requires_grad_(False)
-            stored = swap(module, self.precision, self.transposed)
-            tensors, dynamic = [], []
-            for spec in self.inputs:
-                shape = [example[d] if isinstance(d, str) else d for d in spec.shape]
-                tensors.append(torch.zeros(shape, dtype=getattr(torch, spec.dtype)))
-                dynamic.append(
-                    {i: torch.export.Dim.DYNAMIC for i, d in enumerate(spec.shape) if isinstance(d, str)}
-                )
-            shapes: Any = (tuple(dynamic),) if self.root else tuple(dynamic)
-            exported = torch.export.export(module, tuple(tensors), dynamic_shapes=shapes)
-            program = torch.onnx.export(
-                exported,
-                dynamo=True,
-                optimize=False,  # it looks into the weights
-                opset_version=OPSET,
-                input_names=[spec.name for spec in self.inputs],
-                output_names=[spec.name for spec in self.outputs],
-                verbose=False,
-            )
-        assert program is not None
-        model = program.model
-        for value in model.graph.initializers.values():
-            value.const_value = None  # fake
-        fold_constants(model, onnx_shape_inference=False, input_size_limit=64, output_size_limit=64)
-        passes.CommonSubexpressionEliminationPass()(model)
-        passes.RemoveUnusedNodesPass()(model)
-        passes.ClearMetadataAndDocStringPass()(model)  # stack traces, with this machine's paths
-        self._name_dimensions(model)
-        return model, stored
-
-    def _name_dimensions(self, model: ir.Model) -> None:
-        """Dynamic dimensions get the names that the specs give them, in the whole graph."""
-        import onnx_ir as ir
-
-        names: dict[str, str] = {}
-        for spec, value in zip(self.inputs, model.graph.inputs, strict=True):
-            assert value.name == spec.name and value.shape is not None
-            names.update(
-                (str(d), n) for d, n in zip(value.shape, spec.shape, strict=True) if isinstance(n, str)
-            )
-        values = [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]
-        for value in values:
-            if value.shape is not None:
-                value.shape = ir.Shape([d if isinstance(d, int) else names.get(str(d), str(d))
-                                        for d in value.shape])  # fmt: skip
-        for spec, value in zip(self.outputs, model.graph.outputs, strict=True):
-            value.shape = ir.Shape(spec.shape)
-
-    def _fill(
-        self,
-        model: ir.Model,
-        stored: Mapping[str, str],
-        file: Any,
-        location: str,
-        key: str,
-        writer: _Writer,
-    ) -> None:
-        """Stream every weight into `file` and point the graph's initializers at it."""
-        import onnx_ir as ir
-
-        waiting = {n: v for n, v in model.graph.initializers.items() if v.const_value is None}
-        offset = 0
-
-        def place(name: str) -> int:
-            """Reserve room for an initializer; returns where."""
-            nonlocal offset
-            value = waiting.pop(name)
-            assert value.dtype is not None and value.shape is not None
-            length = math.prod(value.shape.numpy()) * value.dtype.bitwidth // 8
-            align = 4096 if length > 2**16 else 64  # pages, where it matters: ONNX Runtime maps the file
-            at = offset = -(-offset // align) * align
-            value.const_value = ir.ExternalTensor(
-                location, at, length, value.dtype, shape=value.shape, name=name, base_dir=""
-            )
-            offset += length
-            return at
-
-        for name in list(waiting):
-            if name not in waiting:
-                continue  # written with its weight
-            short = name.removeprefix(self.root)
-            base = re.sub(r"\.(scales|zero_points)$", ".weight", short)
-            kind = stored.get(self.root + base, "plain")
-            if short in self.constants:
-                writer.put(file, place(name), self.constants[short], key, short)
-            elif base not in self.weights:
-                raise InternalError(f"{key} graph: nothing fills the tensor {name}")
-            elif kind in ("int4", "int8"):
-                places = [place(self.root + base)]
-                stem = self.root + base.removesuffix("weight")
-                places += [place(stem + part) for part in ("scales", "zero_points")]
-                writer.put_quantized(file, places, self.weights[base], int(kind[3:]), key, base)
-            elif kind == "transposed":
-                writer.put(file, place(name), self.weights[base].read().t(), key, base)
-            else:
-                writer.put_rows(file, place(name), self.weights[base], key, base)
-            if file.tell() != offset:
-                raise InternalError(f"{key} graph: {name} was stored with another size than its shape's")
-
-
-class _Writer:
-    """Puts tensors at their places in a data file, in chunks, and reports progress."""
-
-    def __init__(self, total: int, tell: Callable[[Progress], None]):
-        self.total, self.tell = total, tell
-        self.done = 0
-        self.start = 0.0
-
-    def put(self, file: Any, at: int, tensor: Tensor, key: str, name: str) -> int:
-        """Write a tensor's elements at an offset; returns the number of bytes."""
-        self.start = self.start or time.monotonic()
-        data = tensor.contiguous().numpy().reshape(-1).view("uint8")
-        file.seek(at)
-        file.write(data)
-        self.done = min(self.done + data.nbytes, self.total)
-        seconds = time.monotonic() - self.start
-        self.tell(Progress(f"{key} {name}", self.done, self.total, seconds))
-        return data.nbytes
-
-    def put_rows(self, file: Any, at: int, weight: Weight, key: str, name: str) -> None:
-        for rows in _chunks(weight):
-            at += self.put(file, at, rows, key, name)
-
-    def put_quantized(
-        self, file: Any, places: list[int], weight: Weight, bits: int, key: str, name: str
-    ) -> None:
-        from .quantize import quantize
-
-        for rows in _chunks(weight):
-            for i, tensor in enumerate(quantize(rows, bits)):
-                places[i] += self.put(file, places[i], tensor, key, name)
-
-
-def _chunks(weight: Weight) -> Iterator[Tensor]:
-    if weight.transform is not None:
-        yield weight.read()  # whole: the rows may become others
-        return
-    height = sum(shape[0] if shape else 1 for _, shape in weight.parts)
-    step = max(1, CHUNK // max(1, math.prod(weight.parts[0][1][1:])))
-    for start in range(0, height, step):
-        yield weight.read(start, min(start + step, height))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks about itself."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

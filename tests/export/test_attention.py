@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rtp_llm.export.attention import Eager, GqaGraph, cache_head_dim, gqa_specs, rotate
+from rtp_llm.export.attention import Eager, Gqa, Graph, cache_head_dim, rotate, specs
 from rtp_llm.export.checkpoint import Checkpoint, Weight
 from rtp_llm.export.decoder import Decoder, DecoderConfig, constants, ntk_tables
-from rtp_llm.export.exporter import _Graph, _Writer
+from rtp_llm.export.graph import GraphPlan, Writer
 
 SLOTS, LONGEST = 4, 48
 PLAIN = DecoderConfig(
@@ -58,9 +58,9 @@ def exported(decoder: Decoder, folder: Path, precision: str = "fp32") -> ort.Inf
     (folder / "config.json").write_text("{}")
     checkpoint = Checkpoint(folder)
     weights = {n: Weight(checkpoint, ((n, tuple(p.shape)),)) for n, p in parameters.items()}
-    make = lambda: GqaGraph(Decoder(c))  # noqa: E731
-    graph = _Graph(make, "decoder.", weights, constants(c), *gqa_specs(c), precision, False)
-    graph.write(folder, "decoder", _Writer(graph.bytes, lambda _: None))
+    make = lambda: Graph(Decoder(c), Gqa, specs("gqa", c)[0])  # noqa: E731
+    graph = GraphPlan(make, "decoder.", weights, constants(c), *specs("gqa", c), precision, False)
+    graph.write(folder, "decoder", Writer(graph.bytes, lambda _: None))
     return ort.InferenceSession(folder / "decoder.onnx", providers=["CPUExecutionProvider"])
 
 
@@ -165,13 +165,13 @@ def test_mixed_steps_equal_whole_sequences(name: str, tmp_path: Path):
 def test_the_graph_keeps_its_promised_inputs_and_touches_only_its_own_slots(tmp_path: Path):
     config = CONFIGS["plain"]
     session = exported(some_decoder(config), tmp_path)
-    inputs, outputs = gqa_specs(config)
+    inputs, outputs = specs("gqa", config)
     kinds = {"int64": "tensor(int64)", "int32": "tensor(int32)", "float32": "tensor(float)"}
-    for specs, found in ((inputs, session.get_inputs()), (outputs, session.get_outputs())):
-        assert [s.name for s in specs] == [f.name for f in found]
-        assert [kinds[s.dtype] for s in specs] == [f.type for f in found]
-        assert [s.shape for s in specs if "*" not in str(s.shape)] == [
-            f.shape for s, f in zip(specs, found, strict=True) if "*" not in str(s.shape)
+    for wanted, found in ((inputs, session.get_inputs()), (outputs, session.get_outputs())):
+        assert [s.name for s in wanted] == [f.name for f in found]
+        assert [kinds[s.dtype] for s in wanted] == [f.type for f in found]
+        assert [s.shape for s in wanted if "*" not in str(s.shape)] == [
+            f.shape for s, f in zip(wanted, found, strict=True) if "*" not in str(s.shape)
         ]
     slots = Slots(session, config)
     for cache in slots.caches.values():
@@ -185,13 +185,13 @@ def test_the_graph_keeps_its_promised_inputs_and_touches_only_its_own_slots(tmp_
 @pytest.mark.parametrize("head, stored", [(16, 16), (24, 32), (64, 64), (72, 80), (80, 80), (128, 128)])
 def test_heads_are_stored_in_multiples_of_sixteen(head: int, stored: int):
     assert cache_head_dim(head) == stored
-    _, outputs = gqa_specs(replace(PLAIN, head_dim=head))
+    _, outputs = specs("gqa", replace(PLAIN, head_dim=head))
     assert outputs[-1].shape == ["B", 2, "Smax", stored]
 
 
 def test_positions_are_an_input_only_where_logn_needs_them():
-    assert "positions" not in [s.name for s in gqa_specs(PLAIN)[0]]
-    assert "positions" in [s.name for s in gqa_specs(replace(PLAIN, logn=8))[0]]
+    assert "positions" not in [s.name for s in specs("gqa", PLAIN)[0]]
+    assert "positions" in [s.name for s in specs("gqa", replace(PLAIN, logn=8))[0]]
 
 
 def test_rotation_turns_pairs_half_a_width_apart_and_leaves_the_rest():

@@ -22,6 +22,7 @@ from rtp_llm.export.bundle import (
     SCHEMA,
     Bundle,
     ChatRules,
+    EngineSpec,
     GenerationSpec,
     GraphSpec,
     ImageRules,
@@ -330,3 +331,43 @@ def test_a_link_to_a_bundle_stays_one(folder: Path, tmp_path: Path):
         write_example(partial, dataclasses.replace(example(), name="new"))
     assert link.is_symlink() and bundles.read(folder).name == "new"
     assert [f.name for f in link.parent.iterdir()] == ["latest"]
+
+
+def with_engines(bundle: Bundle, staged: Path, content: bytes) -> Bundle:
+    staged.mkdir(exist_ok=True)
+    names = ("vision.plan", "decoder.plan")
+    for name in names:
+        (staged / name).write_bytes(content)
+    engines = {n: EngineSpec(n, "A GPU", "9.0", "10.15.1.29", "1", {"max_images": 4}) for n in names}
+    return bundles.add_engines(bundle, engines, {name: staged / name for name in names})
+
+
+def test_engines_are_added_and_replaced_with_their_hashes(folder: Path):
+    for content in (b"first", b"second one"):
+        added = with_engines(bundles.read(folder), folder / "staged", content)
+        assert bundles.read(folder, check_hashes=True) == added
+        assert folder.joinpath("decoder.plan").read_bytes() == content
+        assert list((folder / "staged").iterdir()) == []
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_adding_engines_may_be_cut_anywhere(folder: Path, monkeypatch: pytest.MonkeyPatch, at: int):
+    """Then the bundle has the old engines, none, or the new ones, and is whole."""
+    old = with_engines(bundles.read(folder), folder / "staged", b"first")
+    moves = iter(range(99))
+    replace = Path.replace
+
+    def cut(self: Path, target: Path) -> Path:
+        if next(moves) == at:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", cut)
+    try:
+        with_engines(old, folder / "staged", b"second one")
+    except KeyboardInterrupt:
+        assert at < 4
+    monkeypatch.undo()
+    found = bundles.read(folder, check_hashes=True)
+    contents = {(folder / engine.path).read_bytes() for engine in found.engines.values()}
+    assert contents == ({b"first"} if at == 0 else set() if at < 4 else {b"second one"})

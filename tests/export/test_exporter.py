@@ -28,7 +28,8 @@ from rtp_llm.errors import (
     UserError,
 )
 from rtp_llm.export import bundle as bundles
-from rtp_llm.export import exporter
+from rtp_llm.export import exporter, graph
+from rtp_llm.export import target as targets
 from rtp_llm.export.attention import Eager
 from rtp_llm.export.bundle import Bundle
 from rtp_llm.export.checkpoint import Checkpoint
@@ -299,8 +300,8 @@ def test_output_is_named_after_checkpoint_backend_and_precision(
 ):
     monkeypatch.chdir(tmp_path)
     names: list[Path] = []
-    monkeypatch.setattr(exporter, "_check_space", lambda final, *_: names.append(final))
-    monkeypatch.setattr(exporter._Graph, "write", lambda *_: (_ for _ in ()).throw(Traced()))
+    monkeypatch.setattr(exporter, "_check_space", lambda final, *_, **__: names.append(final))
+    monkeypatch.setattr(exporter.GraphPlan, "write", lambda *_: (_ for _ in ()).throw(Traced()))
     with pytest.raises(Traced):
         export(checkpoints / "llava")
     assert names == [Path("llava-onnxruntime-fp32")]
@@ -355,7 +356,7 @@ def test_a_full_disk_leaves_nothing_and_says_so(
     checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     opened = lambda path, mode: open("/dev/full", mode)  # noqa: E731
-    monkeypatch.setattr(exporter, "open", opened, raising=False)
+    monkeypatch.setattr(graph, "open", opened, raising=False)
     full_disk("nothing was left", checkpoints=checkpoints, folder=tmp_path)
 
 
@@ -367,14 +368,17 @@ def test_the_disk_may_become_full_at_any_file(
     """Every file is made by another library; /dev/full gives each the system's own error."""
     mkdir = Path.mkdir
 
+    # it is written under another name first
+    name = f".bundle.json.{os.getpid()}" if file == "bundle.json" else file
+
     def full(self: Path, *args: Any, **kwargs: Any) -> None:
         mkdir(self, *args, **kwargs)
         if "partial" in self.name:
-            (self / file).symlink_to("/dev/full")
+            (self / name).symlink_to("/dev/full")
 
     monkeypatch.setattr(Path, "mkdir", full)
     if file == "bundle.json":  # all before it is there already
-        monkeypatch.setattr(exporter._Graph, "write", lambda self, folder, key, writer: None)
+        monkeypatch.setattr(exporter.GraphPlan, "write", lambda self, folder, key, writer: None)
     full_disk(checkpoints=checkpoints, folder=tmp_path)
 
 
@@ -387,6 +391,32 @@ def test_too_little_free_disk_is_refused_before_anything_is_written(
     call = lambda: export(checkpoints / "llava", output)  # noqa: E731
     refused(UserError, str(tmp_path), "1.0 MB free", "--output", "--precision int4", call=call)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("backend, factor", [("onnxruntime", 1), ("torchscript", 1.5)])
+def test_a_torchscript_export_asks_for_the_room_of_its_weights_twice(
+    backend: str, factor: float, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[str] = []
+    monkeypatch.setattr(exporter, "size_text", lambda n: asked.append(n) or f"{n}")
+    usage = lambda folder: SimpleNamespace(free=10**6)  # noqa: E731
+    monkeypatch.setattr(exporter.shutil, "disk_usage", usage)
+    call = lambda: export(checkpoints / "llava", tmp_path / "b", backend=backend, precision="fp32")  # noqa: E731
+    refused(UserError, "1000000 free", call=call)
+    total, need = asked[2], asked[-1]
+    assert need - 2**26 >= factor * total
+
+
+def test_weights_larger_than_this_machine_are_exported_for_another_ones_gpu(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import psutil
+
+    memory = SimpleNamespace(available=10**10, total=10**5)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    said: list[str] = []
+    export(checkpoints / "llava", tmp_path / "b", backend="tensorrt", progress=lambda p: said.append(p.text))
+    assert "of a GPU's memory to run it" in said[1]
 
 
 @pytest.mark.parametrize(
@@ -412,8 +442,8 @@ def test_too_little_memory_is_refused_before_anything_is_written(
 def test_auto_is_float32_for_small_and_int4_for_large_models(
     threshold: int, precision: str, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    assert exporter.SMALL == 2_000_000_000
-    monkeypatch.setattr(exporter, "SMALL", threshold)
+    assert targets.SMALL == 2_000_000_000
+    monkeypatch.setattr(targets, "SMALL", threshold)
     said: list[str] = []
 
     def listen(p: Progress) -> None:
@@ -430,13 +460,19 @@ def test_auto_is_float32_for_small_and_int4_for_large_models(
     [
         ({"precision": "fp16"}, ["precision fp16", "twice the memory", "fp32, int8 or int4"]),
         ({"vision_precision": "fp16"}, ["vision_precision fp16", "fp32, int8 or int4"]),
-        ({"precision": "bf16"}, ["precision bf16 needs a GPU"]),
-        ({"precision": "fp8"}, ["precision fp8 needs a GPU"]),
-        ({"vision_precision": "fp8"}, ["vision_precision fp8 needs a GPU"]),
+        ({"precision": "bf16"}, ["precision bf16 is not for ONNX Runtime on a CPU"]),
+        ({"precision": "fp8"}, ["precision fp8 is not for ONNX Runtime on a CPU"]),
+        ({"vision_precision": "fp8"}, ["vision_precision fp8 is not for ONNX Runtime on a CPU"]),
         ({"precision": "int3"}, ["'int3'", "auto, fp32, int8, int4"]),
         ({"vision_precision": "auto"}, ["vision_precision is 'auto'"]),
         ({"backend": "tflite"}, ["'tflite'", "onnxruntime, torchscript or tensorrt"]),
-        ({"backend": "tensorrt"}, ["'tensorrt'", "not supported yet", "onnxruntime"]),
+        ({"backend": "tensorrt", "device": "cpu"}, ["device cpu", "tensorrt"]),
+        ({"backend": "torchscript", "device": "cuda"}, ["device cuda", "runs on both"]),
+        ({"device": "tpu"}, ["'tpu'", "cpu or cuda"]),
+        ({"kv_cache": "linear"}, ["kv_cache linear", "backend tensorrt", "onnxruntime"]),
+        ({"backend": "tensorrt", "kv_cache": "ring"}, ["'ring'", "paged or linear"]),
+        ({"backend": "torchscript", "precision": "int4"}, ["int4", "bf16, fp16, fp32, int8"]),
+        ({"device": "cuda", "precision": "fp32"}, ["fp32", "onnxruntime on cuda", "bf16, fp16"]),
         ({"model": "gpt"}, ["'gpt'", "qwen_vl, llava"]),
         ({"model": "qwen_vl"}, ["is a llava checkpoint", "'qwen_vl'"]),
         ({"max_seq_len": 10**6}, ["max_seq_len=1000000", "4096"]),
@@ -562,3 +598,33 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path):
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     growth = int(done.stdout)
     assert growth < 200e6, f"{growth / 1e6:.0f} MB"
+
+
+def test_torchscript_in_int8_made_without_a_gpu_multiplies_in_float32(sample_qwen: Path, tmp_path: Path):
+    made = export(sample_qwen, tmp_path / "b", backend="torchscript", precision="int8")
+    from rtp_llm.export.fused import torch_op  # noqa: F401
+
+    decoder = torch.jit.load(made.read_path("decoder.pt"))
+    types = {t.dtype for t in (*decoder.parameters(), *decoder.buffers())}
+    assert types == {torch.int8, torch.float32}
+    assert {spec.dtype for spec in made.graphs["decoder"].inputs if len(spec.shape) == 4} == {"float32"}
+
+
+def test_torchscript_tells_of_its_bytes_to_the_last(sample_qwen: Path, tmp_path: Path):
+    told: list[Progress] = []
+    export(sample_qwen, tmp_path / "b", backend="torchscript", precision="bf16", progress=told.append)
+    counted = [p for p in told if p.total]
+    assert len(counted) > 50 and counted[-1].done == counted[-1].total
+    assert {p.text.split()[0] for p in counted} >= {"vision", "decoder"}
+
+
+def test_calibration_data_that_changed_is_another_export(sample_llava: Path, tmp_path: Path):
+    data, options = tmp_path / "data.jsonl", {"backend": "tensorrt", "precision": "int8"}
+    said: list[str] = []
+    for prompt in ("Hello", "Hello", "world"):
+        data.write_text(json.dumps({"prompt": prompt}))
+        listen = lambda p: said.append(p.text)  # noqa: E731
+        export(sample_llava, tmp_path / "b", **options, calibration=data, progress=listen)
+        said.append("--")
+    runs = " ".join(said).split("--")
+    assert ["already the export" in run for run in runs[:3]] == [False, True, False]
