@@ -8,22 +8,25 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 
 from ..errors import GenerationTimeout, InternalError, PromptTooLong, RtpLlmError, VisionFailed
 from ..export.bundle import ModelSpec
 from .backends import Backend
-from .kv_cache import BLOCK, SlotCache, block_keys
+from .block_cache import BlockCache
+from .kv_cache import BLOCK, SlotCache, SlotMemory, block_keys
 from .sampling import Sampled, Sampler, log_softmax
 from .scheduler import Scheduler
 from .sequence import Batch, Row, Sequence
-from .step import build_step
+from .step import Draw, Result, Step, build_step
 from .vision import EmbeddingCache
 
 log = logging.getLogger(__name__)
+NO_LOGITS = np.empty((0, 0), np.float32)
 NO_PIXELS = np.empty(0, np.uint8)  # in place of a picture's, which its encoding needs and nobody else
 
 
@@ -95,7 +98,8 @@ class Engine:
     ):
         self.backend = backend
         self.model = model
-        self.cache = SlotCache(backend.slots, backend.slot_tokens, backend.budget_blocks, backend)
+        sizes = backend.slots, backend.slot_tokens, backend.budget_blocks
+        self.cache = BlockCache(*sizes) if backend.paged else SlotCache(*sizes, cast(SlotMemory, backend))
         self.scheduler = Scheduler(self.cache, token_budget, max_running)
         self.images = EmbeddingCache(image_cache_bytes)
         self.observer: Observer | None = None
@@ -236,14 +240,35 @@ class Engine:
             parts = [[r for r in batch if r.count == 1], [r for r in batch if r.count > 1]]
         for part in filter(None, parts):
             began = time.monotonic()
-            logits = self.backend.step(build_step(part, self.images, self.model))
-            at = 0
-            for row in part:
-                count = {"none": 0, "last": 1, "all": row.count}[row.logits]
-                self._advance(row, logits[at : at + count])
-                at += count
+            draws = self._draws(part) if self.backend.samples else None
+            step = build_step(part, self.images, self.model, draws)
+            self._hand_out(part, step, self.backend.step(step))
             self._measure(part, time.monotonic() - began)
         return bool(batch)
+
+    def _draws(self, part: Batch) -> list[Draw | None]:
+        """Of each row of logits: what the backend may pick itself, and what the host must see."""
+        draws: list[Draw | None] = []
+        for row in part:
+            s = row.sequence
+            draw = None
+            if row.logits == "last" and s.max_new_tokens:
+                with suppress(Exception):  # its own fault: then sampling on the host fails, for it alone
+                    draw = self._jobs[s].sampler.draw(s)
+            draws += [draw] * row.heads
+        return draws
+
+    def _hand_out(self, part: Batch, step: Step, result: Result) -> None:
+        logits, at, k = result.logits, 0, 0  # rows handed out, of logits and of all
+        for row in part:
+            if result.picks and step.draws and row.heads and step.draws[k]:
+                picked = int(result.picks.tokens[k]), float(result.picks.logprobs[k])
+                self._advance(row, NO_LOGITS, picked)
+            else:
+                rows = row.heads
+                self._advance(row, NO_LOGITS if logits is None else logits[at : at + rows])
+                at += rows
+            k += row.heads
 
     def _measure(self, part: Batch, seconds: float) -> None:
         self._steps += 1
@@ -295,8 +320,8 @@ class Engine:
         for sequence in self.scheduler.waiting:
             sequence.images_ready = self.images.ready(self._jobs[sequence].images)
 
-    def _advance(self, row: Row, logits: np.ndarray) -> None:
-        """`logits`: float32 [0, 1 or row.count, vocab] of one row of the step."""
+    def _advance(self, row: Row, logits: np.ndarray, picked: tuple[int, float] | None = None) -> None:
+        """`logits`: float32 [row.heads, vocab] of one row of the step; or the token and its logprob."""
         sequence = row.sequence
         job = self._jobs[sequence]
         sequence.computed += row.count
@@ -312,7 +337,10 @@ class Engine:
             self._end(sequence, "length")
             return
         try:
-            sampled = job.sampler(sequence, logits[-1])
+            if picked:
+                sampled = job.sampler.picked(sequence, *picked)
+            else:
+                sampled = job.sampler(sequence, logits[-1])
             sequence.tokens.append(sampled.token)
             reason = job.listener.token(sequence, sampled)
         except BaseException as e:  # its own parameters' fault, and nobody else's

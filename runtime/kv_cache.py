@@ -1,7 +1,8 @@
 """Which sequence holds which cache block, and which prompts are kept for later: numbers only, no tensors.
 
 The cache is dealt in blocks of 16 tokens with reference counts. In a slot backend (`gqa`) block b lies in
-slot b // blocks_per_slot, and a sequence's blocks are its slot's, in order.
+slot b // blocks_per_slot, and a sequence's blocks are its slot's, in order. For paged backends, whose
+blocks lie anywhere, there is block_cache.py.
 
 Prefix cache: a slot that a sequence has left keeps the leading full blocks of its prompt. A prompt that
 begins alike takes the slot over, or has the rows copied into a slot of its own. Only what prefill computed
@@ -14,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from array import array
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -43,6 +45,22 @@ def block_keys(sequence: Sequence) -> list[bytes]:
                 block.update(span.key + (start - span.start).to_bytes(8, "little", signed=True))
         keys.append(key := block.digest())
     return keys
+
+
+def prefix_blocks(sequence: Sequence, index: Container[bytes]) -> int:
+    """Leading blocks of the prompt that are in `index`, so many that at least two tokens remain.
+
+    Two, since the logits of the last one are wanted, and a lone row is computed by another kernel.
+    """
+    if sequence.params.calculate_loss:
+        return 0  # it wants the logits of the whole prompt
+    keys = sequence.keys[: max(0, sequence.prompt_len - 2) // BLOCK]
+    return next((i for i, key in enumerate(keys) if key not in index), len(keys))
+
+
+def blocks_to_enter(sequence: Sequence) -> int:
+    """Of the tokens so far and of the next one, unless that is the end of it (and maybe of the slot)."""
+    return blocks_for(min(len(sequence.tokens) + 1, sequence.prompt_len + sequence.max_new_tokens))
 
 
 class SlotMemory(Protocol):
@@ -95,24 +113,16 @@ class SlotCache:
         return blocks_for(tokens) <= min(self.blocks_per_slot, self.budget)
 
     def match(self, sequence: Sequence) -> int:
-        """Tokens of the prompt that are cached: whole blocks, and at least two tokens remain.
-
-        Two, since the logits of the last one are wanted, and a lone row is computed by another kernel.
-        """
-        if sequence.params.calculate_loss:
-            return 0  # it wants the logits of the whole prompt
-        keys = sequence.keys[: (sequence.prompt_len - 2) // BLOCK]
-        return BLOCK * next((i for i, key in enumerate(keys) if key not in self._index), len(keys))
+        """Tokens of the prompt that are cached: whole blocks, and at least two tokens remain."""
+        return BLOCK * prefix_blocks(sequence, self._index)
 
     def admit(self, sequence: Sequence, headroom: int = 0) -> bool:
         """Give a slot with the blocks of the tokens so far, what is cached of the prompt already computed.
 
         False when there is no room for that and `headroom` blocks more; then nothing has changed.
         """
-        depth = self.match(sequence) // BLOCK
-        # and of the next one, unless that is the end of it (which may be the end of the slot)
-        longest = sequence.prompt_len + sequence.max_new_tokens
-        need = blocks = blocks_for(min(len(sequence.tokens) + 1, longest))
+        depth = prefix_blocks(sequence, self._index)
+        need = blocks = blocks_to_enter(sequence)
         source = self._source(sequence.keys[depth - 1], depth) if depth else -1
         free = self.budget - self.used
         others = [i for i, slot in enumerate(self._slots) if slot.sequence is None and slot.blocks]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .sequence import Sequence
+from .step import Draw
 
 if TYPE_CHECKING:
     from .grammar import Matcher
@@ -47,7 +48,7 @@ class Sampler:
             scores = scores[allowed]
             if np.isneginf(scores).all():  # all of them are banned
                 scores = logits[allowed]
-        token = int(np.argmax(scores)) if params.greedy else self._draw(sequence, scores)
+        token = pick(scores, self._draw(sequence))
         if allowed is not None and self.matcher is not None:
             token = int(allowed[token])
             self.matcher.accept(token)
@@ -65,6 +66,36 @@ class Sampler:
                 sampled.top = [(int(i), float(logp[i])) for i in best]
         return sampled
 
+    def draw(self, sequence: Sequence) -> Draw | None:
+        """How the next token may be picked without the host; None where it must see the logits.
+
+        A draw takes its number from the random stream, as a call does: a token has one or the other.
+        """
+        p = sequence.params
+        if (
+            self.matcher is not None
+            or p.repetition_penalty != 1
+            or p.presence_penalty
+            or p.frequency_penalty
+            or p.return_logits
+            or p.return_all_probs
+            or p.top_logprobs
+            or self._banned(sequence)
+        ):
+            return None
+        return self._draw(sequence)
+
+    def picked(self, sequence: Sequence, token: int, logprob: float) -> Sampled:
+        """The token that a backend has picked by `draw`."""
+        p = sequence.params
+        return Sampled(token, logprob if p.logprobs or p.return_cum_log_probs else None)
+
+    def _draw(self, sequence: Sequence) -> Draw:
+        p = sequence.params
+        if p.greedy:
+            return Draw(greedy=True)
+        return Draw(self.random.random(), p.temperature, p.top_k, p.top_p, p.min_p)
+
     def _process(self, sequence: Sequence, logits: np.ndarray) -> np.ndarray:
         """Penalties and bans; float32 [vocab], a copy where anything changes."""
         p = sequence.params
@@ -80,6 +111,14 @@ class Sampler:
             scores = scores.copy()
             ids, counts = np.unique(generated, return_counts=True)
             scores[ids] -= p.presence_penalty + p.frequency_penalty * counts
+        if banned := self._banned(sequence):
+            scores = scores.copy()
+            scores[banned] = -np.inf
+        return scores
+
+    def _banned(self, sequence: Sequence) -> list[int]:
+        """Ids that may not come next, whatever the logits are."""
+        p = sequence.params
         banned: list[int] = []
         if (n := p.no_repeat_ngram_size) and len(sequence.tokens) + 1 >= n:
             tokens, tail = sequence.tokens, sequence.tokens[len(sequence.tokens) - n + 1 :]
@@ -92,40 +131,40 @@ class Sampler:
             head = word[:-1]
             if not head or sequence.tokens[-len(head) :] == head:
                 banned.append(word[-1])
-        if len(generated) < p.min_new_tokens:
+        if sequence.output_len < p.min_new_tokens:
             banned += sequence.eos_ids
-        if banned := [t for t in banned if 0 <= t < len(scores)]:
-            scores = scores.copy()
-            scores[banned] = -np.inf
-        return scores
+        return [t for t in banned if 0 <= t < self.vocab_size]
 
-    def _draw(self, sequence: Sequence, scores: np.ndarray) -> int:
-        p = sequence.params
-        ids = np.arange(len(scores))
-        if p.top_k and p.top_k < len(scores):
-            # ties at the border stay, as in transformers
-            keep = scores >= np.partition(scores, -p.top_k)[-p.top_k]
-            ids, scores = ids[keep], scores[keep]
-        x = scores.astype(np.float64)
-        if not np.isfinite(x.max()):  # all is banned
-            return int(ids[np.argmax(x)])
-        # the largest becomes 0 first: no temperature is too small for it
-        with np.errstate(over="ignore"):
-            probs = np.exp((x - x.max()) / p.temperature)
-        probs /= probs.sum()
-        if p.top_p < 1 or p.min_p:
-            order = _leading(probs, p.top_p, p.min_p)
-            probs, ids = probs[order], ids[order]
-            if p.top_p < 1:
-                # the smallest set whose mass reaches top_p, never empty
-                n = max(1, int(np.searchsorted(np.cumsum(probs), p.top_p, side="left")) + 1)
-                probs, ids = probs[:n], ids[:n]
-            if p.min_p:
-                keep = probs >= p.min_p * probs[0]
-                probs, ids = probs[keep], ids[keep]
-        edges = np.cumsum(probs)
-        at = np.searchsorted(edges, self.random.random() * edges[-1], side="right")
-        return int(ids[min(at, len(ids) - 1)])
+
+def pick(scores: np.ndarray, draw: Draw) -> int:
+    """The token that a draw takes of these scores (float32 [vocab])."""
+    if draw.greedy:
+        return int(np.argmax(scores))
+    ids = np.arange(len(scores))
+    if draw.top_k and draw.top_k < len(scores):
+        # ties at the border stay, as in transformers
+        keep = scores >= np.partition(scores, -draw.top_k)[-draw.top_k]
+        ids, scores = ids[keep], scores[keep]
+    x = scores.astype(np.float64)
+    if not np.isfinite(x.max()):  # all is banned
+        return int(ids[np.argmax(x)])
+    # the largest becomes 0 first: no temperature is too small for it
+    with np.errstate(over="ignore"):
+        probs = np.exp((x - x.max()) / draw.temperature)
+    probs /= probs.sum()
+    if draw.top_p < 1 or draw.min_p:
+        order = _leading(probs, draw.top_p, draw.min_p)
+        probs, ids = probs[order], ids[order]
+        if draw.top_p < 1:
+            # the smallest set whose mass reaches top_p, never empty
+            n = max(1, int(np.searchsorted(np.cumsum(probs), draw.top_p, side="left")) + 1)
+            probs, ids = probs[:n], ids[:n]
+        if draw.min_p:
+            keep = probs >= draw.min_p * probs[0]
+            probs, ids = probs[keep], ids[keep]
+    edges = np.cumsum(probs)
+    at = np.searchsorted(edges, draw.u * edges[-1], side="right")
+    return int(ids[min(at, len(ids) - 1)])
 
 
 def _leading(probs: np.ndarray, top_p: float, min_p: float) -> np.ndarray:

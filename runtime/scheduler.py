@@ -19,6 +19,7 @@ import time
 from bisect import insort
 from operator import attrgetter
 
+from .block_cache import BlockCache
 from .kv_cache import BLOCK, SlotCache, block_keys
 from .sequence import Batch, Row, Sequence
 
@@ -31,7 +32,9 @@ _order = attrgetter("order")
 class Scheduler:
     """`token_budget`: tokens of one step, decodes included. `max_running`: sequences side by side."""
 
-    def __init__(self, cache: SlotCache, token_budget: int = 512, max_running: int | None = None):
+    def __init__(
+        self, cache: SlotCache | BlockCache, token_budget: int = 512, max_running: int | None = None
+    ):
         self.cache = cache
         self.max_running = min(max_running or cache.slots, cache.slots)
         self.token_budget = max(token_budget, self.max_running + BLOCK)

@@ -400,5 +400,10 @@ class Row:
     count: int
     logits: str  # "none" (a prompt's inner chunk), "last", or "all" (for a loss)
 
+    @property
+    def heads(self) -> int:
+        """Its tokens that go through the head."""
+        return {"none": 0, "last": 1, "all": self.count}[self.logits]
+
 
 Batch = list[Row]  # of one step, made by the scheduler, ordered by slot

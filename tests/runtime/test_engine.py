@@ -16,21 +16,31 @@ from hypothesis import strategies as st
 from rtp_llm.errors import GenerationTimeout, InternalError, PromptTooLong, RtpLlmError, VisionFailed
 from rtp_llm.export.bundle import ModelSpec, RopeSpec
 from rtp_llm.runtime.backends.fake import FakeBackend
+from rtp_llm.runtime.block_cache import BlockCache
 from rtp_llm.runtime.engine import Engine, prompt_losses
 from rtp_llm.runtime.sampling import Sampled, Sampler
 from rtp_llm.runtime.sequence import ImageSpan, Row, SamplingParams, Sequence
-from rtp_llm.runtime.step import Step
+from rtp_llm.runtime.step import Draw, Result, Step
 
 VOCAB, WAIT = 50, 20
 MODEL = ModelSpec("f", "A", VOCAB, 4, 1, 1, 1, 16, 256, RopeSpec("linear", [256]), "gqa", 0)
 IMAGES = {bytes([i]): np.full((2, 2, 3), 10 * i + 1, np.uint8) for i in range(4)}
 
 
+@pytest.fixture(scope="module", params=["slots", "blocks", "blocks, samples"], autouse=True)
+def kind(request: pytest.FixtureRequest) -> str:
+    """Every promise holds over slots and over blocks, and whoever picks the tokens."""
+    Backend.kind = request.param
+    return request.param
+
+
 class Backend(FakeBackend):
     """Records its steps, and breaks on order."""
 
+    kind = "slots"
+
     def __init__(self, **options: Any):
-        super().__init__(MODEL, **options)
+        super().__init__(MODEL, paged="blocks" in self.kind, samples="samples" in self.kind, **options)
         self.shapes: list[list[int]] = []
         self.encoded: list[int] = []
         self.released: list[tuple[int, int]] = []
@@ -46,7 +56,7 @@ class Backend(FakeBackend):
             raise MemoryError("no room")
         return super().encode(pixels)
 
-    def step(self, step: Step) -> np.ndarray:
+    def step(self, step: Step) -> Result:
         self.entered.set()
         assert self.gate.wait(WAIT)
         self.shapes.append(step.counts)
@@ -54,7 +64,12 @@ class Backend(FakeBackend):
             raise OSError("device lost")
         return super().step(step)
 
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        assert not self.paged
+        super().copy(source, target, tokens)
+
     def release(self, slot: int, keep: int = 0) -> None:
+        assert not self.paged
         self.released.append((slot, keep))
         super().release(slot, keep)
 
@@ -169,10 +184,11 @@ def free(engine: Engine) -> None:
     """Nobody holds anything any more, and what is kept for later goes when it is told to."""
     assert engine.scheduler.idle and not engine._jobs
     cache = engine.cache
-    assert cache.used == cache.retained == sum(cache.holders)
+    assert cache.used == cache.retained
     cache.clear()
     assert cache.used == 0 and not any(cache.holders) and not cache._index
-    assert sorted(cache._empty) == list(range(cache.slots))
+    places = cache._places if isinstance(cache, BlockCache) else cache._empty
+    assert sorted(places) == list(range(cache.slots))
     assert not engine.images._holders and not engine.images._pixels and not engine.images._encoding
 
 
@@ -205,6 +221,9 @@ def asks(draw: st.DrawFn) -> Ask:
                 {"random_seed": 3, "temperature": 3.0},
                 {"random_seed": 4, "temperature": 5.0, "top_p": 0.9},
                 {"top_k": 1, "calculate_loss": 2},
+                {"random_seed": 5, "temperature": 4.0, "top_k": 7, "min_p": 0.05, "min_new_tokens": 3},
+                {"random_seed": 6, "temperature": 4.0, "logprobs": True},
+                {"random_seed": 7, "temperature": 6.0, "bad_words_list": [[4], [8, 9]]},
             ]
         )
     )
@@ -497,6 +516,90 @@ def test_a_chunks_losses_are_numpys_formula_and_its_last_row_predicts_the_next_c
         np.testing.assert_allclose(np.concatenate([first, rest]), wanted)
 
 
+# ------------------------------------------------------------------------- who picks the tokens
+
+PLAIN: list[dict[str, Any]] = [
+    {"top_k": 1},
+    {"do_sample": False, "logprobs": True},
+    {"random_seed": 1, "temperature": 4.0},
+    {"random_seed": 2, "temperature": 5.0, "top_p": 0.8},
+    {"random_seed": 3, "temperature": 4.0, "top_k": 5, "return_cum_log_probs": True},
+    {"random_seed": 4, "temperature": 5.0, "min_p": 0.01, "logprobs": True},
+    {"random_seed": 5, "temperature": 4.0, "bad_words_list": [[1, 2, 3, 4]]},  # never comes near
+]
+SEEN: list[dict[str, Any]] = [
+    {"top_k": 1, "repetition_penalty": 1.3},
+    {"random_seed": 6, "temperature": 4.0, "presence_penalty": 1.0},
+    {"random_seed": 7, "temperature": 4.0, "frequency_penalty": 1.0},
+    {"random_seed": 8, "temperature": 4.0, "bad_words_list": [[4]]},
+    {"random_seed": 9, "temperature": 4.0, "return_logits": True},
+    {"random_seed": 10, "temperature": 4.0, "return_all_probs": True},
+    {"random_seed": 11, "temperature": 4.0, "top_logprobs": 2},
+    {"top_k": 1, "min_new_tokens": 12},
+]
+
+
+def on_a_device(backend: FakeBackend) -> None:
+    """Its logits go through what torch backends sample with."""
+    torch = pytest.importorskip("torch")
+    from rtp_llm.runtime.backends.device_sampling import result
+
+    logits = FakeBackend(MODEL, slots=5, paged=True).step
+    backend.step = lambda step: result(  # type: ignore[method-assign]
+        torch.from_numpy(logits(step).logits), step.draws
+    )
+
+
+@pytest.mark.parametrize("device", ["numpy", "torch"])
+def test_a_backend_that_samples_gives_the_hosts_texts_and_sends_only_the_logits_that_are_wanted(
+    device: str,
+) -> None:
+    everyone: dict[bool, list[Ask]] = {}
+    for samples in (False, True):
+        backend = FakeBackend(MODEL, slots=5, paged=True, samples=samples)
+        if samples and device == "torch":
+            on_a_device(backend)
+        sent: list[int] = []
+        step = backend.step
+
+        def counted(one: Step, step: Any = step, sent: list[int] = sent) -> Result:
+            result = step(one)
+            sent.append(0 if result.logits is None else len(result.logits))
+            return result
+
+        backend.step = counted  # type: ignore[method-assign]
+        engine = Engine(backend, MODEL, 32)
+        engine._thread = threading.current_thread()
+        everyone[samples] = [
+            Ask([*range(i, 20 + i)], new=12, eos=(49,), **config).submit(engine)
+            for i, config in enumerate(PLAIN + SEEN)
+        ]
+        while not all(a.heard.ends for a in everyone[samples]):
+            round_(engine)
+        free(engine)
+        on_host = everyone[samples][len(PLAIN) if samples else 0 :]
+        assert sum(sent) == sum(len(ask.heard.tokens) for ask in on_host) > 0
+    for host, device in zip(everyone[False], everyone[True], strict=True):
+        assert device.heard.tokens == host.heard.tokens == host.alone()[0]
+        for mine, wanted in zip(device.heard.sampled, host.heard.sampled, strict=True):
+            assert (mine.logprob is None) == (wanted.logprob is None) and mine.top == wanted.top
+            assert mine.logprob is None or mine.logprob == pytest.approx(wanted.logprob, rel=1e-6)
+
+
+def test_a_ban_that_ends_hands_the_same_stream_of_numbers_to_the_device() -> None:
+    engine = by_hand()
+    config: dict[str, Any] = {"random_seed": 4, "temperature": 4.0, "min_new_tokens": 3}
+    ask = Ask([1, 2, 3], new=9, eos=(48,), **config).submit(engine)
+    seen: list[bool] = []
+    draw = engine._inbox[0].sampler.draw
+    engine._inbox[0].sampler.draw = lambda s: (lambda d: (seen.append(d is None), d)[1])(draw(s))
+    while not ask.heard.ends:
+        round_(engine)
+    assert (ask.heard.tokens, ask.heard.reason) == ask.alone() and len(ask.heard.tokens) > 3
+    if engine.backend.samples:
+        assert seen == [True] * 3 + [False] * (len(ask.heard.tokens) - 3)
+
+
 # ---------------------------------------------------------------------------------- what is kept
 
 
@@ -646,7 +749,7 @@ def test_a_step_hands_out_answers_before_it_computes_a_prompt() -> None:
 
 def test_a_slow_machine_takes_small_bites_of_prompts_while_answers_stream() -> None:
     class Slow(Backend):
-        def step(self, step: Step) -> np.ndarray:
+        def step(self, step: Step) -> Result:
             time.sleep(0.001 * len(step.input_ids))
             return super().step(step)
 
@@ -665,7 +768,7 @@ def test_a_slow_machine_takes_small_bites_of_prompts_while_answers_stream() -> N
 
 def test_a_failure_of_one_answers_sampling_or_listener_is_its_own() -> None:
     class Broken(Sampler):
-        def __call__(self, sequence: Sequence, logits: np.ndarray) -> Sampled:
+        def _draw(self, sequence: Sequence) -> Draw:
             raise ValueError("odd parameters")
 
     engine = by_hand()

@@ -422,8 +422,8 @@ def prompts(draw: st.DrawFn) -> Sequence:
     tokens = [token for token in blocks for _ in range(BLOCK)] + [9] * draw(st.integers(1, 20))
     images = []
     if draw(st.booleans()):
-        start, length = draw(st.sampled_from([3, 16, 20])), draw(st.sampled_from([4, 30]))
-        images = [ImageSpan(start, length, draw(st.sampled_from([b"a", b"b"])))]
+        length, key = draw(st.sampled_from([(4, b"a"), (30, b"b"), (30, b"c")]))  # a picture has one length
+        images = [ImageSpan(draw(st.sampled_from([3, 16, 20])), length, key)]
     return sequence(
         tokens,
         draw(st.integers(0, 20)),

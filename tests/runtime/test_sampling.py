@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from rtp_llm.runtime.sampling import Sampler, _leading, log_softmax
+from rtp_llm.runtime.grammar import Matcher
+from rtp_llm.runtime.sampling import Sampler, _leading, log_softmax, pick
 from rtp_llm.runtime.sequence import SamplingParams, Sequence
 
 torch = pytest.importorskip("torch")
@@ -216,6 +217,20 @@ def test_a_sampler_does_not_hear_of_others() -> None:
         other(s, scores_of(i))
         found.append(mine(s, scores_of(i)).token)
     assert found == alone
+
+
+def test_a_token_takes_one_number_from_the_stream_whether_it_is_drawn_or_called_for() -> None:
+    s = sequence([0], temperature=2.0, top_p=0.9)
+    called, mixed = Sampler(VOCAB, 0, 5), Sampler(VOCAB, 0, 5)
+    for i in range(30):
+        wanted = called(s, scores_of(i)).token
+        drawn = mixed.draw(s) if i % 3 else None
+        assert (pick(scores_of(i), drawn) if drawn else mixed(s, scores_of(i)).token) == wanted
+
+
+def test_what_a_grammar_allows_only_the_host_knows() -> None:
+    s, matcher = sequence([0]), cast(Matcher, object())
+    assert Sampler(VOCAB).draw(s) and Sampler(VOCAB, matcher=matcher).draw(s) is None
 
 
 @FAST

@@ -7,6 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from rtp_llm.runtime.block_cache import BlockCache
 from rtp_llm.runtime.kv_cache import BLOCK, SlotCache
 from rtp_llm.runtime.scheduler import LOSS_CHUNK, SHORT, Scheduler
 from rtp_llm.runtime.sequence import Batch, ImageSpan, SamplingParams, Sequence
@@ -182,6 +183,17 @@ def test_answers_to_one_prompt_share_its_computation() -> None:
     assert step(scheduler) == {leader: 1, others[0]: 1, others[1]: 6}
 
 
+def test_answers_that_share_blocks_need_no_copies_and_all_begin_in_one_step() -> None:
+    scheduler = Scheduler(BlockCache(4, 512), 64)
+    leader = sequence(60)
+    others = [sequence(60), sequence(60)]
+    for s in others:
+        s.leader, s.tokens = leader, list(leader.tokens)
+    add(scheduler, leader, *others)
+    assert step(scheduler) == {leader: 60}
+    assert step(scheduler) == {leader: 1, others[0]: 12, others[1]: 12}
+
+
 def test_who_shares_a_prompt_computes_it_when_the_first_is_cancelled() -> None:
     scheduler = make(slots=4, budget=64)
     leader, other = sequence(150), sequence(150)
@@ -338,6 +350,41 @@ def test_a_short_prompt_ends_while_long_ones_keep_coming() -> None:
 # ---- any load --------------------------------------------------------------------------------------
 
 
+class Watched:
+    """Of a cache: writes down who came and went, and what each has computed since it came."""
+
+    def __init__(self, *sizes: int):
+        super().__init__(*sizes)
+        self.covered: dict[Sequence, int] = {}
+        self.came: list[Sequence] = []
+        self.went: list[Sequence] = []
+        self.refused: list[Sequence] = []
+        self.left: dict[Sequence, int] = {}  # of those who might come: prompt tokens to compute
+
+    def watch(self) -> None:
+        for record in (self.came, self.went, self.refused, self.left):
+            record.clear()  # type: ignore[attr-defined]
+
+    def match(self, sequence: Sequence) -> int:
+        found = super().match(sequence)  # type: ignore[misc]
+        self.left.setdefault(sequence, sequence.prompt_len - found)
+        return found
+
+    def admit(self, sequence: Sequence, headroom: int = 0) -> bool:
+        if not super().admit(sequence, headroom):  # type: ignore[misc]
+            self.refused.append(sequence)
+            return False
+        self.covered[sequence] = reused = sequence.computed
+        assert self.read(sequence, reused) == content(sequence)[:reused]  # a hit is never wrong
+        self.came.append(sequence)
+        return True
+
+    def release(self, sequence: Sequence, retain: bool = True) -> None:
+        self.went.append(sequence)
+        del self.covered[sequence]
+        super().release(sequence, retain)  # type: ignore[misc]
+
+
 class Memory:
     """The tokens that lie in each slot."""
 
@@ -351,40 +398,50 @@ class Memory:
         del self.values[slot][keep:]
 
 
-class WatchedCache(SlotCache):
-    """Writes down who came and went, and what each has computed since it came."""
-
+class WatchedSlots(Watched, SlotCache):
     def __init__(self, slots: int, slot_tokens: int, blocks: int):
         self.memory = Memory(slots)
         super().__init__(slots, slot_tokens, blocks, self.memory)
-        self.covered: dict[Sequence, int] = {}
-        self.came: list[Sequence] = []
-        self.went: list[Sequence] = []
-        self.refused: list[Sequence] = []
-        self.left: dict[Sequence, int] = {}  # of those who might come: prompt tokens to compute
 
-    def watch(self) -> None:
-        for record in (self.came, self.went, self.refused, self.left):
-            record.clear()  # type: ignore[attr-defined]
+    def read(self, s: Sequence, tokens: int) -> list[object]:
+        assert len(self.memory.values[s.slot]) == tokens  # and nothing of others behind it
+        return list(self.memory.values[s.slot])
 
-    def match(self, sequence: Sequence) -> int:
-        found = super().match(sequence)
-        self.left.setdefault(sequence, sequence.prompt_len - found)
-        return found
+    def write(self, s: Sequence, past: int, values: list[object]) -> None:
+        self.memory.values[s.slot] += values
+        assert past + len(values) <= len(s.blocks) * BLOCK
 
-    def admit(self, sequence: Sequence, headroom: int = 0) -> bool:
-        if not super().admit(sequence, headroom):
-            self.refused.append(sequence)
-            return False
-        self.covered[sequence] = reused = sequence.computed
-        assert self.memory.values[sequence.slot] == content(sequence)[:reused]  # a hit is never wrong
-        self.came.append(sequence)
-        return True
+    def check(self, running: list[Sequence]) -> None:
+        held = [b for s in running for b in s.blocks]
+        assert all(self.holders[b] == 1 for b in held) and len(set(held)) == len(held)
+        assert sum(self.holders) == self.used == len(held) + self.retained <= self.budget
+        assert set(self.holders) <= {0, 1}
 
-    def release(self, sequence: Sequence, retain: bool = True) -> None:
-        self.went.append(sequence)
-        del self.covered[sequence]
-        super().release(sequence, retain)
+    def check_empty(self) -> None:
+        assert not any(self.memory.values)
+
+
+class WatchedBlocks(Watched, BlockCache):
+    def __init__(self, slots: int, slot_tokens: int, blocks: int):
+        super().__init__(slots, slot_tokens, blocks)
+        self.pool: list[object] = [None] * (blocks * BLOCK)
+
+    def read(self, s: Sequence, tokens: int) -> list[object]:
+        return [self.pool[s.blocks[at // BLOCK] * BLOCK + at % BLOCK] for at in range(tokens)]
+
+    def write(self, s: Sequence, past: int, values: list[object]) -> None:
+        for at, value in enumerate(values, past):
+            block = s.blocks[at // BLOCK]
+            assert self.holders[block] == 1  # never what others read
+            self.pool[block * BLOCK + at % BLOCK] = value
+
+    def check(self, running: list[Sequence]) -> None:
+        held = [b for s in running for b in s.blocks]
+        assert self.holders == [held.count(b) for b in range(self.budget)]
+        assert self.used == len(set(held)) + self.retained <= self.budget
+
+    def check_empty(self) -> None:
+        assert self.copies == 0
 
 
 def content(s: Sequence) -> list[object]:
@@ -395,9 +452,11 @@ def content(s: Sequence) -> list[object]:
 class AnyLoad(RuleBasedStateMachine):
     """Requests come, run, end and are cancelled in any order."""
 
+    kind: type[WatchedSlots] | type[WatchedBlocks] = WatchedSlots
+
     @initialize(slots=st.integers(1, 4), blocks=st.integers(20, 36), budget=st.sampled_from([1, 40, 200]))
     def make(self, slots: int, blocks: int, budget: int) -> None:
-        self.cache = WatchedCache(slots, 320, blocks)
+        self.cache = self.kind(slots, 320, blocks)
         self.scheduler = Scheduler(self.cache, budget)
         self.live: list[Sequence] = []  # in order of arrival
         self.ended: list[Sequence] = []
@@ -513,10 +572,8 @@ class AnyLoad(RuleBasedStateMachine):
     def check_row(self, s: Sequence, past: int, count: int, logits: str) -> None:
         """Each token exactly once in a life, in order; the prompt in chunks, the answer one by one."""
         assert past == s.computed == self.cache.covered[s] and 1 <= count <= s.uncomputed
-        values = self.cache.memory.values[s.slot]
-        assert values == content(s)[:past]
-        values += content(s)[past : past + count]
-        assert len(values) <= len(s.blocks) * BLOCK
+        assert self.cache.read(s, past) == content(s)[:past]
+        self.cache.write(s, past, content(s)[past : past + count])
         self.cache.covered[s] += count
         ends = past + count == len(s.tokens)
         if past >= s.prompt_len:
@@ -532,10 +589,7 @@ class AnyLoad(RuleBasedStateMachine):
     @invariant()
     def counts_equal_holders(self) -> None:
         scheduler, cache = self.scheduler, self.cache
-        held = [b for s in scheduler.running for b in s.blocks]
-        assert all(cache.holders[b] == 1 for b in held) and len(set(held)) == len(held)
-        assert sum(cache.holders) == cache.used == len(held) + cache.retained <= cache.budget
-        assert set(cache.holders) <= {0, 1}
+        cache.check(scheduler.running)
         assert len({s.slot for s in scheduler.running}) == len(scheduler.running) <= scheduler.max_running
         for queue in (scheduler.running, scheduler.waiting):
             assert queue == sorted(queue, key=lambda s: s.order)
@@ -557,10 +611,15 @@ class AnyLoad(RuleBasedStateMachine):
         assert self.cache.used == self.cache.retained
         self.cache.clear()
         assert self.cache.used == 0 and not any(self.cache.holders)
-        assert not any(self.cache.memory.values)
+        self.cache.check_empty()
 
 
-AnyLoad.TestCase.settings = settings(
-    max_examples=400, stateful_step_count=40, deadline=None, derandomize=True
-)
+class AnyLoadOverBlocks(AnyLoad):
+    kind = WatchedBlocks
+
+
+ANY_LOAD = settings(max_examples=400, stateful_step_count=40, deadline=None, derandomize=True)
+AnyLoad.TestCase.settings = ANY_LOAD
+AnyLoadOverBlocks.TestCase.settings = settings(ANY_LOAD, max_examples=250)
 TestAnyLoad = AnyLoad.TestCase
+TestAnyLoadOverBlocks = AnyLoadOverBlocks.TestCase

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from rtp_llm.export.bundle import ModelSpec, RopeSpec
 from rtp_llm.runtime.sequence import ImageSpan, Row, SamplingParams, Sequence
-from rtp_llm.runtime.step import build_step
+from rtp_llm.runtime.step import Draw, build_step
 
 VOCAB, HIDDEN, MAX = 50, 4, 64
 MODEL = ModelSpec("f", "A", VOCAB, HIDDEN, 1, 1, 1, 16, MAX, RopeSpec("linear", [16, 32, 64]), "gqa", 0)
@@ -45,7 +45,9 @@ batches = st.lists(st.booleans(), min_size=1, max_size=4).flatmap(
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(batches)
 def test_packed_arrays_are_a_naive_walk_over_the_tokens(batch: tuple[Row, ...]) -> None:
-    step = build_step(list(batch), IMAGES, MODEL)
+    draws: list[Draw | None] = [Draw(0.5), None]
+    step = build_step(list(batch), IMAGES, MODEL, draws)
+    assert step.draws is draws and build_step(list(batch), IMAGES, MODEL).draws is None
     at, images = 0, 0
     heads: list[int] = []
     for row in batch:
@@ -66,7 +68,7 @@ def test_packed_arrays_are_a_naive_walk_over_the_tokens(batch: tuple[Row, ...]) 
                 heads.append(at)
             at += 1
     assert len(step.input_ids) == len(step.positions) == len(step.rope_rows) == at
-    assert step.logits_rows.tolist() == heads
+    assert step.logits_rows.tolist() == heads and sum(row.heads for row in batch) == len(heads)
     assert len(step.image_embeds) == max(1, images)
     assert step.slots == [row.sequence.slot for row in batch]
     assert step.pasts == [row.past for row in batch]
