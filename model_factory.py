@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import BundleError, UserError
 from .export.bundle import Bundle, is_bundle, read
-from .runtime.backends import open_backend
+from .export.target import BACKENDS, KV_CACHES
+from .runtime.backends import DEVICES, Options, open_backend
 from .runtime.engine import Engine
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from .export.exporter import Progress
+    from .export.graph import Progress
 
 MODEL_TYPES = {"qwen_vl": "Qwen/Qwen-VL-Chat", "llava": "liuhaotian/llava-v1.5-7b"}
 
@@ -31,10 +32,15 @@ class ModelConfig:
 
     `ckpt_path`: checkpoint folder, hub id or bundle. `model_type`: the family, checked against the
     checkpoint. `quantization` ("int8", "int4") wins over `act_type` ("fp32", …); neither is
-    `precision="auto"`. Bytes and counts: `kv_cache_bytes`, `image_cache_bytes`, `max_batch_size`
-    (sequences side by side), `token_budget` (tokens of one step), `threads`. `step_ms`: about how long
-    running answers may wait for a piece of somebody's prompt. `deterministic`: int4 answers do not depend
-    on what else is in the batch either (fp32 and int8 never do), at the cost of a lone answer's speed.
+    `precision="auto"`. `backend` ("onnxruntime", "torchscript", "tensorrt"), `device` ("cpu", "cuda",
+    "cuda:1") and `kv_cache` (of tensorrt: "paged", "linear") say what a checkpoint is exported for, and
+    are checked against a bundle. Bytes and counts: `kv_cache_bytes`, `image_cache_bytes`,
+    `max_batch_size` (sequences side by side), `token_budget` (tokens of one step), `threads`. `step_ms`:
+    about how long running answers may wait for a piece of somebody's prompt. `deterministic`: int4
+    answers do not depend on what else is in the batch either (fp32 and int8 never do on the CPU), at the
+    cost of a lone answer's speed. `trust_engines`: open TorchScript archives and TensorRT plans, which
+    are programs, though they were made elsewhere. `weight_budget`: bytes of weights of each engine that
+    stay on the GPU, where they were built with weight streaming; None: all.
     """
 
     model_type: str | None = None
@@ -43,8 +49,9 @@ class ModelConfig:
     act_type: str | None = None
     quantization: str | None = None
     max_seq_len: int | None = None
-    backend: str = "onnxruntime"
-    device: str = "cpu"
+    backend: str | None = None
+    device: str | None = None
+    kv_cache: str | None = None
     revision: str | None = None
     vision_tower: str | None = None
     conversation: str | None = None
@@ -55,6 +62,8 @@ class ModelConfig:
     step_ms: int = 200
     deterministic: bool = False
     threads: int | None = None
+    trust_engines: bool = False
+    weight_budget: int | None = None
 
     @property
     def slots(self) -> int:
@@ -108,15 +117,13 @@ class ModelFactory:
                 f"ModelConfig: give ckpt_path, or a model_type of {sorted(MODEL_TYPES)}; "
                 f"model_type is {config.model_type!r}"
             )
-        if config.device != "cpu":
-            raise UserError(f"ModelConfig: device={config.device!r} is not supported yet, use 'cpu'")
         return _open(bundle_of(path, config, progress), config)
 
     @staticmethod
     def create_from_env() -> Model:
-        """A model from MODEL_TYPE, CHECKPOINT_PATH, TOKENIZER_PATH, ACT_TYPE, QUANTIZATION and
-        MAX_SEQ_LEN."""
-        env = os.environ
+        """A model from MODEL_TYPE, CHECKPOINT_PATH, TOKENIZER_PATH, ACT_TYPE, QUANTIZATION, MAX_SEQ_LEN,
+        BACKEND, DEVICE and KV_CACHE; one that is empty is not set."""
+        env = {name: value for name, value in os.environ.items() if value}
         length = env.get("MAX_SEQ_LEN")
         if length and not length.isdigit():
             raise UserError(f"MAX_SEQ_LEN={length!r} must be a number of tokens")
@@ -128,6 +135,9 @@ class ModelFactory:
                 act_type=env.get("ACT_TYPE"),
                 quantization=env.get("QUANTIZATION"),
                 max_seq_len=int(length) if length else None,
+                backend=env.get("BACKEND"),
+                device=env.get("DEVICE"),
+                kv_cache=env.get("KV_CACHE"),
             )
         )
 
@@ -142,26 +152,54 @@ def cache_folder() -> Path:
 def bundle_of(
     path: str, config: ModelConfig, progress: Callable[[Progress], None] | None = None
 ) -> Bundle:
-    """The bundle at `path`, or the one exported from the checkpoint there, with progress on stderr."""
+    """The bundle at `path`, or the one exported from the checkpoint there, with progress on stderr.
+
+    Raises UserError for names that do not exist, and what `export` raises.
+    """
+    for field, value, known in (
+        ("backend", config.backend, BACKENDS), ("kv_cache", config.kv_cache, KV_CACHES)
+    ):  # fmt: skip
+        if value is not None and value not in known:
+            raise UserError(f"{field} is {value!r}, expected {' or '.join(known)}")
+    if config.device is not None and not re.fullmatch(DEVICES, config.device):
+        raise UserError(f"device is {config.device!r}, expected cpu, cuda or a GPU's number like cuda:1")
     if is_bundle(path):
         bundle = read(path)
         if config.model_type and bundle.model.family != config.model_type:
             raise BundleError(
                 f"{path} holds a {bundle.model.family} model, model_type is {config.model_type!r}"
             )
-        wanted = config.precision
-        if wanted not in ("auto", bundle.precision):
+        if config.precision not in ("auto", bundle.precision):
             raise BundleError(
-                f"{path} has precision {bundle.precision}, {wanted!r} was asked for: "
-                f"export the checkpoint with --precision {wanted}"
+                f"{path} has precision {bundle.precision}, {config.precision!r} was asked for: "
+                f"export the checkpoint with --precision {config.precision}"
             )
+        for field, wanted, own in (
+            ("backend", config.backend, bundle.backend), ("kv_cache", config.kv_cache, bundle.model.attention)
+        ):  # fmt: skip
+            if wanted not in (None, own):
+                if field == "kv_cache" and bundle.backend != "tensorrt":
+                    raise BundleError(
+                        f"{path} is a bundle for {bundle.backend}, kv_cache={wanted!r} is a choice of "
+                        "tensorrt: leave it out"
+                    )
+                raise BundleError(
+                    f"{path} has {field} {own}, {wanted!r} was asked for: export the checkpoint with "
+                    f"--{field.replace('_', '-')} {wanted}"
+                )
         _check_options(path, bundle, config)
         return bundle
     from .export.exporter import StderrProgress, export
 
+    backend = config.backend or "onnxruntime"
+    # which GPU, and for TorchScript whether one, is a matter of running; and what is the default already
+    # gives the same bundle
+    device = "cuda" if backend == "onnxruntime" and (config.device or "cpu") != "cpu" else None
     options: dict[str, Any] = {
         "model": config.model_type,
-        "backend": config.backend,
+        "backend": backend,
+        "device": device,
+        "kv_cache": None if (backend, config.kv_cache) == ("tensorrt", "paged") else config.kv_cache,
         "precision": config.precision,
         "vision_tower": config.vision_tower,
         "conversation": config.conversation,
@@ -200,14 +238,8 @@ def _open(bundle: Bundle, config: ModelConfig) -> Model:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as e:
         raise BundleError(f"{file} is no tokenizer: {e}") from e
-    backend = open_backend(
-        bundle,
-        slots=config.slots,
-        max_seq_len=config.max_seq_len,
-        kv_cache_bytes=config.kv_cache_bytes,
-        threads=config.threads,
-        deterministic=config.deterministic,
-    )
+    options = {f.name: getattr(config, f.name) for f in dataclasses.fields(Options)}
+    backend = open_backend(bundle, Options(**options))
     engine = Engine(
         backend,
         bundle.model,

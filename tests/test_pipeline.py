@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from rtp_llm.errors import GenerationTimeout, UserError
-from rtp_llm.model_factory import ModelConfig, ModelFactory
+from rtp_llm.model_factory import ModelConfig, ModelFactory, bundle_of
 from rtp_llm.pipeline import Pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -371,6 +371,37 @@ def test_create_from_env_reads_the_tutorial_s_variables(sample_qwen, tmp_path, m
     model = ModelFactory.create_from_env()
     assert model.bundle.model.family == "qwen_vl"
     assert model.engine.backend.slot_tokens < 600 + 16
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [({"DEVICE": "tpu"}, "device is 'tpu', expected cpu"), ({"BACKEND": "foo"}, "backend is 'foo', expected"),
+     ({"KV_CACHE": "linear", "BACKEND": "torchscript"}, "tensorrt, backend is torchscript")],
+)  # fmt: skip
+def test_create_from_env_reads_where_a_model_runs_too(env, message, sample_qwen, tmp_path, monkeypatch):
+    monkeypatch.setenv("RTP_LLM_CACHE", str(tmp_path))
+    monkeypatch.setenv("CHECKPOINT_PATH", str(sample_qwen))
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        ModelFactory.create_from_env()
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [({}, {"device": "cpu"}), ({"backend": "onnxruntime"}, {}),
+     ({"backend": "tensorrt", "device": "cuda"}, {"backend": "tensorrt", "kv_cache": "paged"})],
+)  # fmt: skip
+def test_configs_that_give_the_same_bundle_share_its_export(one, other, tmp_path, monkeypatch):
+    from rtp_llm.export import exporter
+
+    monkeypatch.setattr(exporter, "export", lambda path, output, **options: (output, options))
+    (tmp_path / "checkpoint").mkdir()
+    made = [bundle_of(str(tmp_path / "checkpoint"), ModelConfig(**c), print) for c in (one, other)]
+    where = [(output, {**options, "progress": None}) for output, options in made]
+    assert where[0] == where[1]
+    elsewhere, _ = bundle_of(str(tmp_path / "checkpoint"), ModelConfig(device="cuda"), print)
+    assert elsewhere != where[0][0]
 
 
 @pytest.mark.slow

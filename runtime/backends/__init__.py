@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import re
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
+from ...errors import MissingDependency, UserError
 from ...export.bundle import Bundle
-from ..step import Step
+from ..step import Result, Step
+
+DEVICES = r"cpu|cuda(:\d{1,2})?"  # names of them
 
 
 class Backend(Protocol):
-    """Runs the two graphs of a bundle. One thread calls `encode`, one calls everything else."""
+    """Runs the two graphs of a bundle. One thread calls `encode`, one calls everything else.
+
+    One whose cache is slots is a `kv_cache.SlotMemory` too.
+    """
 
     slots: int  # sequences that fit side by side
-    slot_tokens: int  # tokens of one slot
+    slot_tokens: int  # tokens of one sequence at most
     budget_blocks: int  # cache blocks of 16 tokens that may be touched in all
     block_bytes: int  # of one block
     mixes: bool  # decodes and chunks of prompts go through one `step`; else each through its own
+    paged: bool  # the cache is one pool of `budget_blocks` blocks, found by `Step.tables`; else slots
+    samples: bool  # `step` picks the tokens of rows that have a draw; else it returns all logits
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 [N, size, size, 3] → float32 [N, tokens, hidden]."""
         ...
 
-    def step(self, step: Step) -> np.ndarray:
-        """Writes the step's keys and values into the caches; float32 logits [K, vocab]."""
-        ...
-
-    def copy(self, source: int, target: int, tokens: int) -> None:
-        """The leading tokens of one slot into another."""
-        ...
-
-    def release(self, slot: int, keep: int = 0) -> None:
-        """What a slot holds behind its first `keep` tokens may go back to the system."""
+    def step(self, step: Step) -> Result:
+        """Writes the step's keys and values into the caches; logits, and tokens where it samples."""
         ...
 
     def close(self) -> None:
@@ -40,15 +42,105 @@ class Backend(Protocol):
         ...
 
 
-def open_backend(bundle: Bundle, **options: object) -> Backend:
-    """The backend that the bundle was exported for; `options` are its constructor's."""
-    if bundle.backend == "onnxruntime":
+@dataclass(frozen=True)
+class Options:
+    """How a bundle is run; None: the backend's own choice. See model_factory.ModelConfig."""
+
+    slots: int = 16
+    max_seq_len: int | None = None
+    kv_cache_bytes: int | None = None
+    threads: int | None = None
+    deterministic: bool = False
+    device: str | None = None
+    trust_engines: bool = False
+    weight_budget: int | None = None
+
+
+def open_backend(bundle: Bundle, options: Options = Options()) -> Backend:
+    """The backend that the bundle was exported for.
+
+    Raises UserError for options that it does not have, MissingDependency, BundleError for graphs that
+    cannot be opened here or may not be trusted.
+    """
+    o, attention = options, bundle.model.attention
+    for field in ("threads", "max_seq_len"):
+        if (value := getattr(o, field)) is not None and value < 1:
+            raise UserError(f"{field}={value} must be 1 or more; leave it out for the default")
+    if o.weight_budget is not None and o.weight_budget < 0:
+        raise UserError(f"weight_budget={o.weight_budget} must be 0 bytes or more; leave it out for all")
+    sizes: dict[str, Any] = {
+        "slots": o.slots, "max_seq_len": o.max_seq_len, "kv_cache_bytes": o.kv_cache_bytes
+    }  # fmt: skip
+    device = device_of(bundle, o.device)
+    if o.weight_budget is not None and (bundle.backend != "tensorrt" or device == "cpu"):
+        raise UserError(
+            f"weight_budget={o.weight_budget} is for TensorRT engines, bundle {bundle.name} is for "
+            f"{bundle.backend} and runs on {device} here: leave it out"
+        )
+    # with device="cpu" a GPU's ONNX graphs run without engines, as a check: `linear` is standard ONNX
+    if attention == "gqa" or (attention == "linear" and device == "cpu"):
+        if bundle.graphs["decoder"].inputs[-1].dtype == "bfloat16":
+            raise UserError(
+                f"device='cpu': ONNX Runtime has no bfloat16 on a CPU, as bundle {bundle.name} has: to "
+                "check its numbers export with --precision fp32, or with --kv-cache paged"
+            )
         from .onnx import OnnxBackend
 
-        return OnnxBackend(bundle, **options)  # type: ignore[arg-type]
-    from ...errors import NotSupportedYet
+        return OnnxBackend(bundle, **sizes, threads=o.threads, deterministic=o.deterministic)
+    if o.deterministic:
+        raise UserError(
+            f"deterministic: bundle {bundle.name} ({bundle.backend}, {attention}) cannot promise that"
+        )
+    sizes["device"] = device
+    if o.threads and device == "cpu":
+        import torch
 
-    raise NotSupportedYet(
-        f"bundle {bundle.name}: backend {bundle.backend!r} is not supported yet, "
-        "export with --backend onnxruntime"
-    )
+        torch.set_num_threads(o.threads)
+    if bundle.backend == "onnxruntime" and device != "cpu":
+        from .onnx_paged import OnnxPagedBackend
+
+        return OnnxPagedBackend(bundle, **sizes)
+    if bundle.backend == "torchscript":
+        from ...trust import check
+        from .torchscript import TorchScriptBackend
+
+        check(bundle, [graph.path for graph in bundle.graphs.values()], o.trust_engines)
+        return TorchScriptBackend(bundle, **sizes)
+    if device == "cpu":
+        from .evaluator import EvaluatorBackend
+
+        return EvaluatorBackend(bundle, **sizes)
+    sizes |= {"trusted": o.trust_engines, "weight_budget": o.weight_budget}
+    if attention == "linear":
+        from .tensorrt_linear import TensorRTLinearBackend
+
+        return TensorRTLinearBackend(bundle, **sizes)
+    from .tensorrt import TensorRTBackend
+
+    return TensorRTBackend(bundle, **sizes)
+
+
+def device_of(bundle: Bundle, device: str | None = None) -> str:
+    """Where a bundle runs: "cpu", "cuda" or "cuda:1"; None: where it was exported for.
+
+    Raises UserError for another name and for a GPU under a CPU's bundle, MissingDependency without torch.
+    """
+    if device is not None and not re.fullmatch(DEVICES, device):
+        raise UserError(f"device={device!r} must be cpu, cuda or a GPU's number like cuda:1")
+    if bundle.model.attention == "gqa":
+        if device not in (None, "cpu"):
+            raise UserError(
+                f"device={device!r}: bundle {bundle.name} was exported for ONNX Runtime on a CPU; for a "
+                "GPU export the checkpoint with --device cuda, or with --backend torchscript or tensorrt"
+            )
+        return "cpu"
+    try:
+        import torch
+    except ImportError as e:
+        raise MissingDependency(f"a {bundle.backend} bundle runs on torch: pip install torch") from e
+    if device is None and bundle.backend == "torchscript" and not torch.cuda.is_available():
+        return "cpu"
+    number, there = int((device or "").partition(":")[2] or 0), torch.cuda.device_count()
+    if there and number >= there:
+        raise UserError(f"device={device!r}: the GPUs here are cuda:0 to cuda:{there - 1}")
+    return device or "cuda"

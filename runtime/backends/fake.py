@@ -11,10 +11,13 @@ import zlib
 import numpy as np
 
 from ...export.bundle import ModelSpec
-from ..step import Step
+from ..sampling import log_softmax, pick
+from ..step import Picks, Result, Step
 
 
 class FakeBackend:
+    """`paged`: the cache is a pool of blocks; `samples`: it picks the tokens that it may."""
+
     mixes = True
     block_bytes = 16 * 8
 
@@ -24,12 +27,16 @@ class FakeBackend:
         slots: int = 4,
         slot_tokens: int | None = None,
         budget_blocks: int | None = None,
+        paged: bool = False,
+        samples: bool = False,
     ):
         self.model = model
         self.slots = slots
         self.slot_tokens = slot_tokens or model.max_seq_len
         self.budget_blocks = budget_blocks or slots * -(-self.slot_tokens // 16)
-        self.cache = np.full((slots, self.slot_tokens), -1, dtype=np.int64)
+        self.paged, self.samples = paged, samples
+        shape = (self.budget_blocks, 16) if paged else (slots, self.slot_tokens)
+        self.cache = np.full(shape, -1, dtype=np.int64)
         self.steps = 0
 
     @staticmethod
@@ -43,27 +50,45 @@ class FakeBackend:
         value = pixels.reshape(n, -1).sum(axis=1).astype(np.float32) % 1000
         return np.broadcast_to(value[:, None, None], (n, 4, self.model.hidden_size)).copy()
 
-    def step(self, step: Step) -> np.ndarray:
+    def step(self, step: Step) -> Result:
         self.steps += 1
         vocab = self.model.vocab_size
         images = step.input_ids - vocab
         values = np.where(
             images >= 0, step.image_embeds[np.maximum(images, 0), 0].astype(np.int64), step.input_ids
         )
-        logits = []
-        wanted = set(step.logits_rows.tolist())
+        cache = self.cache.reshape(-1)
+        logits: list[np.ndarray] = []
+        picks: list[tuple[int, float]] = []
         at = 0
-        for slot, past, count in zip(step.slots, step.pasts, step.counts, strict=True):
-            if (self.cache[slot, :past] < 0).any():
-                raise RuntimeError(f"slot {slot} was asked for {past} tokens that it does not hold")
-            self.cache[slot, past : past + count] = values[at : at + count]
-            for i in range(count):
-                if at + i in wanted:
-                    row = np.zeros(vocab, np.float32)
-                    row[self.next_token(self.cache[slot, : past + i + 1], vocab)] = 10
+        for r, (past, count) in enumerate(zip(step.pasts, step.counts, strict=True)):
+            cells = self._cells(step, r)
+            if (cache[cells[:past]] < 0).any():
+                raise RuntimeError(f"slot {step.slots[r]} was asked for {past} tokens that it does not hold")
+            cache[cells[past:]] = values[at : at + count]
+            for k in np.flatnonzero((step.logits_rows >= at) & (step.logits_rows < at + count)):
+                row = np.zeros(vocab, np.float32)
+                seen = cells[: past + step.logits_rows[k] - at + 1]
+                row[self.next_token(cache[seen], vocab)] = 10
+                draw = step.draws[k] if self.samples and step.draws else None
+                token = pick(row, draw) if draw else 0
+                picks.append((token, float(log_softmax(row)[token])))
+                if draw is None:
                     logits.append(row)
             at += count
-        return np.array(logits, np.float32).reshape(-1, vocab)
+        rows = np.array(logits, np.float32).reshape(-1, vocab)
+        if not self.samples or step.draws is None:
+            return Result(rows)
+        tokens = np.array([token for token, _ in picks], np.int64)
+        logprobs = np.array([logprob for _, logprob in picks], np.float32)
+        return Result(rows if len(rows) else None, Picks(tokens, logprobs))
+
+    def _cells(self, step: Step, r: int) -> np.ndarray:
+        """Where a row's tokens lie in the flat cache, from its sequence's first to this step's last."""
+        places = np.arange(step.pasts[r] + step.counts[r])
+        if self.paged:
+            return 16 * np.array(step.tables[r])[places // 16] + places % 16
+        return self.slot_tokens * step.slots[r] + places
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         self.cache[target, :tokens] = self.cache[source, :tokens]

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: the `gqa` lowering, caches in place.
+"""ONNX Runtime on the CPU: the `gqa` lowering (and `linear`, to check it), caches in place.
 
 Each layer's keys and values are one buffer [slots, kv_heads, 2 · slot_tokens, head_dim]. A step runs on a
 contiguous slice of slots, which is bound as both past and present, so nothing is copied. Untouched pages
@@ -25,13 +25,13 @@ import numpy as np
 from ...errors import BundleError, MissingDependency, UserError, VisionGraphMissing
 from ...export.bundle import Bundle
 from ..kv_cache import BLOCK
-from ..step import Step
+from ..step import Result, Step
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
 
-def _import() -> Any:
+def import_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as e:
@@ -49,7 +49,7 @@ class OnnxBackend:
     UserError for an impossible max_seq_len.
     """
 
-    mixes = False
+    mixes = paged = samples = False
 
     def __init__(
         self,
@@ -69,7 +69,8 @@ class OnnxBackend:
                 f"max_seq_len={max_seq_len} must lie between 1 and {model.max_seq_len}, the bundle's limit"
             )
         self.slot_tokens = length
-        self.block_bytes = BLOCK * 2 * 4 * model.layers * model.kv_heads * model.head_dim
+        self.dtype = np.dtype(bundle.graphs["decoder"].inputs[-1].dtype)
+        self.block_bytes = BLOCK * 2 * self.dtype.itemsize * model.layers * model.kv_heads * model.head_dim
         kv_cache_bytes = kv_cache_bytes or available_memory() // 4
         self.budget_blocks = max(1, kv_cache_bytes // self.block_bytes)
         self.threads = threads or physical_cores()
@@ -83,7 +84,7 @@ class OnnxBackend:
         self._open_decoder()
 
     def _session(self, graph: str) -> ort.InferenceSession:
-        ort = _import()
+        ort = import_onnxruntime()
         spec = self.bundle.graphs[graph]
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
@@ -119,7 +120,7 @@ class OnnxBackend:
             shape = (self.slots, model.kv_heads, 2 * self.slot_tokens, model.head_dim)
             for i in range(model.layers):
                 for kind in ("key", "value"):
-                    memory, array = _allocate(shape)
+                    memory, array = _allocate(shape, self.dtype)
                     self._caches.append((f"past_{kind}.{i}", f"present_{kind}.{i}", memory, array))
 
     def _bindings(self, low: int, high: int) -> list[tuple[str, str, Any]]:
@@ -127,7 +128,7 @@ class OnnxBackend:
         if (low, high) not in self._bound:
             if len(self._bound) > 64:
                 self._bound.clear()
-            value = _import().OrtValue.ortvalue_from_numpy
+            value = import_onnxruntime().OrtValue.ortvalue_from_numpy
             self._bound[low, high] = [(past, new, value(a[low:high])) for past, new, _, a in self._caches]
         return self._bound[low, high]
 
@@ -139,9 +140,9 @@ class OnnxBackend:
                 self._vision = self._session("vision")
         return self._vision.run(["image_embeds"], {"pixels": pixels})[0]
 
-    def step(self, step: Step) -> np.ndarray:
+    def step(self, step: Step) -> Result:
         logits = [self._run(part) for part in split(step)]
-        return np.concatenate(logits) if len(logits) > 1 else logits[0]
+        return Result(np.concatenate(logits) if len(logits) > 1 else logits[0])
 
     def _run(self, step: Step) -> np.ndarray:
         self._open_decoder()
@@ -155,7 +156,8 @@ class OnnxBackend:
             "image_embeds": step.image_embeds,
             "positions": step.positions,
             "logits_rows": step.logits_rows,
-            **pad(step),
+            "rope_rows": step.rope_rows,
+            **pad(step, self.slot_tokens),
         }
         binding = self._decoder.io_binding()
         for spec in self.bundle.graphs["decoder"].inputs:
@@ -234,14 +236,17 @@ def paired(step: Step) -> Step:
     return dataclasses.replace(step, **twice)
 
 
-def pad(step: Step) -> dict[str, np.ndarray]:
-    """Inputs of the padded GroupQueryAttention nodes: B slots, from the first to the last one in use,
-    × S = the longest row.
+def pad(step: Step, slot_tokens: int) -> dict[str, np.ndarray]:
+    """Inputs of the padded attention nodes, `gqa`'s and `linear`'s: B slots, from the first to the last one
+    in use, × S = the longest row.
 
     An idle slot is a row of no tokens. Contract: export/attention.py.
     """
     low = step.slots[0]
     n, longest = step.slots[-1] + 1 - low, max(step.counts)
+    # `linear` writes the cells of idle slots too: behind everything that a slot can hold
+    write_indices = np.full(n, slot_tokens, np.int64)
+    query_positions = np.zeros((n, longest), np.int64)
     lengths = np.zeros(n, np.int32)
     totals = np.zeros(n, np.int32)
     position_ids = np.zeros((n, longest), np.int64)
@@ -252,6 +257,8 @@ def pad(step: Step) -> dict[str, np.ndarray]:
         row = slot - low
         lengths[row], totals[row] = count, past + count
         position_ids[row, :count] = step.rope_rows[at : at + count]
+        query_positions[row, :count] = step.positions[at : at + count]
+        write_indices[row] = past
         pad_rows[row, :count] = np.arange(at, at + count)
         packed_rows[at : at + count] = row * longest + np.arange(count)
         at += count
@@ -262,20 +269,23 @@ def pad(step: Step) -> dict[str, np.ndarray]:
         "query_seqlens": lengths,
         "seqlens_k": np.maximum(totals - 1, 0).astype(np.int32),
         "total_sequence_length": np.array(totals.max(), np.int32),
+        "query_positions": query_positions,
+        "key_positions": np.arange(totals.max(), dtype=np.int64),
+        "write_indices": write_indices,
     }
 
 
-def _allocate(shape: tuple[int, ...]) -> tuple[mmap.mmap | None, np.ndarray]:
-    """A float32 buffer whose pages are taken when they are written."""
-    size = int(np.prod(shape)) * 4
+def _allocate(shape: tuple[int, ...], dtype: np.dtype) -> tuple[mmap.mmap | None, np.ndarray]:
+    """A buffer whose pages are taken when they are written."""
+    size = int(np.prod(shape)) * dtype.itemsize
     if sys.platform != "linux":
-        return None, np.zeros(shape, np.float32)
+        return None, np.zeros(shape, dtype)
     no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python names it from 3.12 on
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
     memory = mmap.mmap(-1, size, flags=flags)
     # a head's tokens lie far apart: with huge pages one token would take 2 MB in each head
     memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return memory, np.frombuffer(memory, np.float32).reshape(shape)
+    return memory, np.frombuffer(memory, dtype).reshape(shape)
 
 
 def physical_cores() -> int:

@@ -13,9 +13,9 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 
-from rtp_llm.errors import BundleError, NotSupportedYet, UserError, VisionGraphMissing  # noqa: E402
+from rtp_llm.errors import BundleError, UserError, VisionGraphMissing  # noqa: E402
 from rtp_llm.export import bundle as bundles  # noqa: E402
-from rtp_llm.export.attention import Eager, GqaGraph, gqa_specs  # noqa: E402
+from rtp_llm.export.attention import Eager, Gqa, Graph, specs  # noqa: E402
 from rtp_llm.export.bundle import (  # noqa: E402
     Bundle,
     ChatRules,
@@ -29,8 +29,8 @@ from rtp_llm.export.bundle import (  # noqa: E402
 )
 from rtp_llm.export.checkpoint import Checkpoint, Weight  # noqa: E402
 from rtp_llm.export.decoder import Decoder, DecoderConfig, constants, ntk_tables  # noqa: E402
-from rtp_llm.export.exporter import _Graph, _Writer  # noqa: E402
-from rtp_llm.runtime.backends import open_backend  # noqa: E402
+from rtp_llm.export.graph import GraphPlan, Writer  # noqa: E402
+from rtp_llm.runtime.backends import Options, open_backend  # noqa: E402
 from rtp_llm.runtime.backends.onnx import OnnxBackend, pad  # noqa: E402
 from rtp_llm.runtime.sequence import ImageSpan, Row, SamplingParams, Sequence  # noqa: E402
 from rtp_llm.runtime.step import Step, build_step  # noqa: E402
@@ -50,9 +50,7 @@ BASE = DecoderConfig(
 LIMITS, ALPHAS = ntk_tables(40, 128)
 CONFIGS = {
     # Qwen-VL: biases, dynamic NTK tables, logn
-    "qwen_vl": dataclasses.replace(
-        BASE, qkv_bias=True, rope_limits=LIMITS, ntk_alphas=ALPHAS, logn=40
-    ),
+    "qwen_vl": dataclasses.replace(BASE, qkv_bias=True, rope_limits=LIMITS, ntk_alphas=ALPHAS, logn=40),
     # LLaVA with grouped queries, a head that the caches pad (20 → 32) and rotation outside the node
     "grouped": dataclasses.replace(BASE, kv_heads=2, head_dim=20),
     "window": dataclasses.replace(BASE, kv_heads=2, window=9),
@@ -93,9 +91,9 @@ def write_bundle(decoder: Decoder, folder: Path) -> Bundle:
     save_file(tensors, str(source / "model.safetensors"))
     checkpoint = Checkpoint(source)
     weights = {n: Weight(checkpoint, ((n, tuple(t.shape)),)) for n, t in tensors.items()}
-    inputs, outputs = gqa_specs(config)
-    graph = _Graph(
-        make=lambda: GqaGraph(Decoder(config)),
+    inputs, outputs = specs("gqa", config)
+    graph = GraphPlan(
+        make=lambda: Graph(Decoder(config), Gqa, specs("gqa", config)[0]),
         root="decoder.",
         weights=weights,
         constants=constants(config),
@@ -107,7 +105,7 @@ def write_bundle(decoder: Decoder, folder: Path) -> Bundle:
     target = folder / "bundle"
     target.mkdir()
     (target / "tokenizer.json").write_text("{}")
-    spec = graph.write(target, "decoder", _Writer(graph.bytes, lambda _: None))
+    spec = graph.write(target, "decoder", Writer(graph.bytes, lambda _: None))
     c = config
     model = ModelSpec(
         "test", "Test", c.vocab_size, c.hidden_size, c.layers, c.heads, c.kv_heads,
@@ -145,10 +143,7 @@ def backend(cases: Callable[[str], Case]) -> Iterator[OnnxBackend]:
     made.close()
 
 
-IMAGES = {
-    bytes([i]): np.random.default_rng(i).normal(size=(3, HIDDEN)).astype(np.float32)
-    for i in range(3)
-}
+IMAGES = {bytes([i]): np.random.default_rng(i).normal(size=(3, HIDDEN)).astype(np.float32) for i in range(3)}
 
 
 def sequence(length: int, slot: int, seed: int = 0, image_at: int | None = None) -> Sequence:
@@ -183,12 +178,12 @@ def reference(decoder: Decoder, s: Sequence, upto: int | None = None) -> np.ndar
 
 def run(backend: OnnxBackend, model: ModelSpec, rows: list[Row]) -> np.ndarray:
     rows = sorted(rows, key=lambda r: r.sequence.slot)
-    return backend.step(build_step(rows, IMAGES, model))
+    logits = backend.step(build_step(rows, IMAGES, model)).logits
+    assert logits is not None
+    return logits
 
 
-def feed(
-    backend: OnnxBackend, model: ModelSpec, s: Sequence, counts: list[int] | None = None
-) -> np.ndarray:
+def feed(backend: OnnxBackend, model: ModelSpec, s: Sequence, counts: list[int] | None = None) -> np.ndarray:
     """All logits of a sequence, alone, in the given chunks."""
     out, at = [], 0
     for count in counts or [len(s.tokens)]:
@@ -245,9 +240,7 @@ def test_a_sequence_at_the_end_of_its_slot_may_share_a_step_with_a_long_chunk(
     backend = case.backend(max_seq_len=64)
     old, new = sequence(64, 0, 1), sequence(50, 1, 2)
     feed(backend, case.model, dataclasses.replace(old, tokens=old.tokens[:63]))
-    found = run(
-        backend, case.model, [Row(old, 63, 1, "last"), Row(new, 0, 50, "last")]
-    )
+    found = run(backend, case.model, [Row(old, 63, 1, "last"), Row(new, 0, 50, "last")])
     expected = [reference(case.decoder, old)[-1], reference(case.decoder, new)[-1]]
     close(found, np.array(expected))
     # and nothing ran over into a neighbouring head: the next token still sees all of it
@@ -446,9 +439,9 @@ def test_a_damaged_graph_is_an_error_that_names_its_file(
 
 def test_a_bundles_own_backend_is_opened(cases: Callable[[str], Case]) -> None:
     bundle = cases("qwen_vl").bundle
-    assert isinstance(open_backend(bundle, slots=2), OnnxBackend)
-    with pytest.raises(NotSupportedYet, match="'tensorrt' is not supported yet"):
-        open_backend(dataclasses.replace(bundle, backend="tensorrt"))
+    assert isinstance(open_backend(bundle, Options(slots=2)), OnnxBackend)
+    with pytest.raises(UserError, match="device='cuda'.*exported for ONNX Runtime on a CPU"):
+        open_backend(bundle, Options(device="cuda"))
 
 
 def test_padding_puts_every_token_into_its_slots_cell() -> None:
@@ -463,7 +456,7 @@ def test_padding_puts_every_token_into_its_slots_cell() -> None:
         counts=[1, 4, 1],
         tables=[[], [], []],
     )
-    inputs = pad(step)
+    inputs = pad(step, slot_tokens=500)
     grid = inputs["pad_rows"].reshape(4, 4)
     assert grid.tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [1, 2, 3, 4], [5, 0, 0, 0]]
     assert inputs["packed_rows"].tolist() == [0, 8, 9, 10, 11, 12]
@@ -473,4 +466,10 @@ def test_padding_puts_every_token_into_its_slots_cell() -> None:
     assert inputs["query_seqlens"].tolist() == [1, 0, 4, 1]
     assert inputs["seqlens_k"].tolist() == [9, 0, 3, 5]
     assert inputs["total_sequence_length"].tolist() == 10
+    assert inputs["query_positions"].tolist() == [
+        [9, 0, 0, 0], [0, 0, 0, 0], [0, 1, 2, 3], [5, 0, 0, 0],
+    ]  # fmt: skip
+    assert inputs["key_positions"].tolist() == list(range(10))
+    # the idle slot's cells go behind all that it can hold
+    assert inputs["write_indices"].tolist() == [9, 500, 0, 5]
     assert inputs["query_seqlens"].dtype == inputs["seqlens_k"].dtype == np.int32

@@ -1,0 +1,6 @@
+"""The stand-in for `tensorrt`, shared with the tests of the builder."""
+
+from __future__ import annotations
+
+from ...build.conftest import bindings  # noqa: F401
+from ...build.engines import exported, linear, paged, spec, tensorrt  # noqa: F401
