@@ -1,4 +1,5 @@
-"""The command line: rtp-llm export | verify | inspect | chat | batch | serve | doctor, and what is coming.
+"""The command line: rtp-llm export | build | verify | inspect | chat | batch | serve | doctor;
+and what is coming.
 
 Nothing heavy is imported before a command runs. Exit codes: 0, 1 failed, 2 wrong use.
 """
@@ -20,13 +21,12 @@ from .runtime.server.settings import FIELDS, FLAGS, add_arguments
 
 if TYPE_CHECKING:
     from .export.bundle import Bundle
-    from .export.exporter import Progress
+    from .export.graph import Progress
     from .model_factory import ModelConfig
     from .pipeline import Pipeline
     from .runtime.batch import Tally
 
 COMING = {
-    "build": "compile a bundle's graphs into TensorRT plans for this GPU",
     "tritonserver": "run a bundle in Triton Inference Server",
     "bench": "time to first token, tokens per second, throughput under load",
 }
@@ -67,16 +67,24 @@ def parser() -> Parser:
     sub.add_argument("--checkpoint", metavar="PATH", help="folder or hub id (default: CHECKPOINT_PATH, "
                      "then the family's hub id)")  # fmt: skip
     sub.add_argument("--output", metavar="BUNDLE", help="default: ./<name>-<backend>-<precision>")
-    sub.add_argument("--backend", default="onnxruntime", help="onnxruntime; coming: torchscript, tensorrt")
-    sub.add_argument("--vision-precision", default="fp32", metavar="P", help="of the image encoder [fp32]")
+    sub.add_argument("--vision-precision", metavar="P", help="of the image encoder [the decoder's type]")
+    sub.add_argument("--calibration", metavar="FILE", help="prompts to measure the ranges of fp8 and int8 "
+                     'engines on, JSONL as of rtp-llm batch [a few of our own]')  # fmt: skip
     sub.add_argument("--force", action="store_true", help="export again although the bundle is there")
+    sub.add_argument("--no-build", action="store_true", help="tensorrt: stop before the engines are built")
     _checkpoint_options(sub)
+    _build_options(sub.add_argument_group("of the engines (tensorrt, see rtp-llm build)"))
+
+    sub = command("build", "compile a bundle's graphs into TensorRT plans for this GPU",
+                  "rtp-llm build demo-bundle --max-batch-size 32 --max-seq-len 4096", True)  # fmt: skip
+    sub.add_argument("bundle", metavar="BUNDLE", help="folder of a bundle for tensorrt")
+    _build_options(sub)
 
     sub = command("verify", "stage-by-stage parity against the checkpoint's reference",
                   "rtp-llm verify demo-bundle", True)  # fmt: skip
     sub.add_argument("bundle", metavar="BUNDLE", help=BUNDLE)
     sub.add_argument("--checkpoint", metavar="PATH", help="default: the one that the bundle's record names")
-    _checkpoint_options(sub)
+    _checkpoint_options(sub, runs=True)
 
     sub = command("inspect", "what a bundle holds, in one screen", "rtp-llm inspect demo-bundle", True)
     sub.add_argument("bundle", metavar="BUNDLE", help=BUNDLE)
@@ -97,7 +105,7 @@ def parser() -> Parser:
     sub.add_argument("--top-p", type=float, metavar="P")
     sub.add_argument("--top-k", type=int, metavar="K")
     sub.add_argument("--seed", type=int, metavar="N", help="same seed, same text")
-    _checkpoint_options(sub, threads=True)
+    _checkpoint_options(sub, runs=True)
 
     sub = command("batch", "many requests from a file; run it again to go on after a break",
                   "rtp-llm batch demo-bundle in.jsonl out.jsonl\n\n"
@@ -108,7 +116,7 @@ def parser() -> Parser:
     sub.add_argument("input", metavar="in.jsonl", type=Path)
     sub.add_argument("output", metavar="out.jsonl", type=Path)
     sub.add_argument("--force", action="store_true", help="begin anew although out.jsonl is there")
-    _checkpoint_options(sub, threads=True)
+    _checkpoint_options(sub, runs=True)
 
     sub = command("serve", "the HTTP server", "rtp-llm serve demo-bundle --start-port 8088")
     sub.add_argument("bundle", nargs="?", metavar="BUNDLE", help=f"{BUNDLE} (default: CHECKPOINT_PATH)")
@@ -120,17 +128,42 @@ def parser() -> Parser:
     return top
 
 
-def _checkpoint_options(sub: Parser, threads: bool = False) -> None:
+def _checkpoint_options(sub: Parser, runs: bool = False) -> None:
     group = sub.add_argument_group("of a checkpoint")
+    group.add_argument("--backend", metavar="B", help="onnxruntime, torchscript, tensorrt [onnxruntime]")
+    group.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1 [what the bundle was exported for]")
+    group.add_argument("--kv-cache", metavar="KIND", help="of tensorrt: paged, linear [paged]")
     group.add_argument("--precision", default="auto", metavar="P",
-                       help="fp32, int8, int4, auto (int4 above 2 billion parameters) [auto]")  # fmt: skip
+                       help="CPU: fp32, int8, int4 [int4 above 2 billion parameters]; torchscript: bf16, "
+                       "fp16, fp32, int8; tensorrt: bf16, fp16, fp8, int8, int4, fp32 [bf16]")  # fmt: skip
     group.add_argument("--max-seq-len", type=int, metavar="N", help="tokens of the longest sequence")
     group.add_argument("--tokenizer", metavar="PATH", help="folder, if not the checkpoint's")
     group.add_argument("--vision-tower", metavar="PATH", help="folder or hub id, if not the one it names")
     group.add_argument("--conversation", metavar="NAME", help="chat template, if not the one it implies")
     group.add_argument("--revision", metavar="REV", help="of a hub repository")
-    if threads:
+    if runs:
+        sub.add_argument("--trust-engines", action="store_true",
+                         help="open TorchScript archives and TensorRT plans, which are programs, though they "
+                         "were not made on this machine")  # fmt: skip
         sub.add_argument("--threads", type=int, metavar="N", help="default: the physical cores")
+
+
+def _build_options(sub: argparse._ActionsContainer) -> None:
+    """Of `build`; `export` has them too."""
+    for name, help in (
+        ("--max-batch-size", "sequences of one step [16]"),
+        ("--max-input-len", "tokens of one step [2048]"),
+        ("--max-images", "pictures of one run of the encoder [4]"),
+        ("--opt-level", "0 builds fastest, 5 searches longest [3]"),
+    ):
+        sub.add_argument(name, type=int, metavar="N", help=help)
+    if "--max-seq-len" not in sub._option_string_actions:  # a checkpoint's option too
+        sub.add_argument("--max-seq-len", type=int, metavar="N", help="tokens of the longest sequence")
+    sub.add_argument("--workspace", metavar="SIZE", help="scratch memory of a kernel, like 2GiB [the GPU's]")
+    sub.add_argument("--refit", action="store_true", help="weights can be exchanged in the plan")
+    sub.add_argument("--weight-streaming", action="store_true", help="weights can stay in host memory")
+    sub.add_argument("--timing-cache", metavar="FILE", help="[one per GPU and TensorRT in the cache folder]")
+    sub.add_argument("--vision-compiler", metavar="C", help="tensorrt, torch_tensorrt [tensorrt]")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -153,6 +186,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except RtpLlmError as e:
         return _fail(args, e.exit_code, str(e))
+    except ModuleNotFoundError as e:
+        package = (e.name or "").partition(".")[0]
+        if package in ("", __package__):
+            return _fail(args, 1, f"{e} (--debug shows where)")
+        return _fail(args, 2, f"{args.command} needs {package} here: pip install {package.replace('_', '-')}")
     except Exception as e:
         return _fail(args, 1, f"{type(e).__name__}: {e} (--debug shows where)")
 
@@ -171,6 +209,10 @@ def _config(args: argparse.Namespace) -> ModelConfig:
 
     return ModelConfig(
         ckpt_path=args.bundle,
+        backend=args.backend,
+        device=args.device,
+        kv_cache=args.kv_cache,
+        trust_engines=getattr(args, "trust_engines", False),
         tokenizer_path=args.tokenizer,
         act_type=None if args.precision == "auto" else args.precision,
         max_seq_len=args.max_seq_len,
@@ -213,11 +255,23 @@ def _export(args: argparse.Namespace) -> int:
     checkpoint = args.checkpoint or os.environ.get("CHECKPOINT_PATH") or MODEL_TYPES.get(args.model)
     if not checkpoint:
         raise UserError("give --checkpoint PATH, or --model for the family's own checkpoint")
+    given = _build_arguments(args)
+    if args.backend != "tensorrt" and (names := [*given, *(["no_build"] * args.no_build)]):
+        raise UserError(f"--{names[0].replace('_', '-')} goes with --backend tensorrt only")
+    if args.no_build and given:
+        raise UserError(f"--{next(iter(given)).replace('_', '-')} is of the build that --no-build leaves out")
+    if args.backend == "tensorrt" and not args.no_build:
+        from .build.builder import check
+
+        check(given)  # before the export, which takes longer
     bundle = export(
         checkpoint,
         args.output,
         model=args.model,
-        backend=args.backend,
+        backend=args.backend or "onnxruntime",
+        device=args.device,
+        kv_cache=args.kv_cache,
+        calibration=args.calibration,
         precision=args.precision,
         vision_precision=args.vision_precision,
         max_seq_len=args.max_seq_len,
@@ -228,14 +282,85 @@ def _export(args: argparse.Namespace) -> int:
         force=args.force,
         progress=_progress(args),
     )
+    if bundle.backend == "tensorrt" and not args.no_build:
+        from .errors import MissingDependency
+        from .runtime.backends.tensorrt import build_command
+        from .trt import gpu, load
+
+        try:
+            load(), gpu()
+        except (MissingDependency, UserError) as e:
+            check(given, bundle)
+            if not args.quiet:
+                print(f"no engines were built: {e}; there: {build_command(bundle, **given)}", file=sys.stderr)
+        else:
+            if args.max_seq_len is not None:
+                given["max_seq_len"] = args.max_seq_len
+            if not _has_engines(bundle, given):
+                bundle = _built(args, bundle.path)
+            elif not args.quiet:
+                print("its engines are kept; anew: " + build_command(bundle), file=sys.stderr)
     print(json.dumps(facts(bundle)) if args.json else bundle.path)
     return 0
 
 
+def _has_engines(bundle: Bundle, given: dict[str, Any]) -> bool:
+    """Engines that open on this machine, and were built with these arguments of the build."""
+    from .build.builder import built_with
+    from .errors import BundleError
+    from .runtime.backends.tensorrt import check_engines
+    from .trust import check
+
+    try:
+        check_engines(bundle)
+        check(bundle, [spec.path for spec in bundle.engines.values()])
+    except BundleError:
+        return False
+    return built_with(bundle, given)
+
+
+def _build(args: argparse.Namespace) -> int:
+    bundle = _built(args, Path(args.bundle))
+    print(json.dumps(facts(bundle)) if args.json else bundle.path)
+    return 0
+
+
+def _build_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Those of builder.build that were given."""
+    names = ("max_batch_size", "max_input_len", "max_images", "opt_level", "workspace", "refit",
+             "weight_streaming", "timing_cache", "vision_compiler")  # fmt: skip
+    # 0 is a value, and equal to False
+    given = {n: value for n in names if (value := getattr(args, n)) is not None and value is not False}
+    if "workspace" in given:
+        given["workspace"] = _bytes("--workspace", given["workspace"])
+    return given
+
+
+def _built(args: argparse.Namespace, path: Path) -> Bundle:
+    from .build.builder import build
+    from .build.progress import StderrProgress
+
+    given = _build_arguments(args)
+    if args.max_seq_len is not None:
+        given["max_seq_len"] = args.max_seq_len
+    return build(path, **given, progress=None if args.quiet else StderrProgress())
+
+
+def _bytes(flag: str, text: str) -> int:
+    from .runtime.server.settings import _size
+
+    try:
+        return _size(text)
+    except (ValueError, KeyError, OverflowError) as e:
+        raise UserError(f"{flag}={text!r} must be a size like 2GiB") from e
+
+
 def _verify(args: argparse.Namespace) -> int:
     from .export.verify import verify
+    from .runtime.backends import Options
 
-    report = verify(_bundle(args).path, checkpoint=args.checkpoint)
+    run = Options(slots=1, device=args.device, trust_engines=args.trust_engines, threads=args.threads)
+    report = verify(_bundle(args).path, checkpoint=args.checkpoint, run=run)
     if args.json:
         print(json.dumps(report.to_json()))
     else:
@@ -281,9 +406,10 @@ def _inspect(args: argparse.Namespace) -> int:
     size = f", resized to {v.resize}" if v.resize else ""
     tags = [*p.image.tags, *(["URL".join(p.image.url_tag)] if p.image.url_tag else [])]
     total = sum(f.size for f in bundle.files.values())
+    device = " on a GPU" if bundle.backend == "onnxruntime" and m.attention != "gqa" else ""
     _table([
         ("bundle", f"{bundle.name} (schema {bundle.schema}), {_size(total)} in {bundle.path}"),
-        ("runs on", f"{bundle.backend}, {bundle.precision}"),
+        ("runs on", f"{bundle.backend}{device}, {bundle.precision}"),
         ("model", f"{m.family}, {m.architecture}, {m.parameters:,} parameters"),
         ("decoder", f"{m.layers} layers, width {m.hidden_size}, {m.heads} heads ({m.kv_heads} of keys, "
                     f"{m.head_dim} wide), attention {m.attention}"),
@@ -304,6 +430,14 @@ def _inspect(args: argparse.Namespace) -> int:
                 print(f"  {mark} {t.name} {t.dtype} [{', '.join(map(str, t.shape))}]")
             if len(tensors) > 8:
                 print(f"  {mark} … {len(tensors) - 8} more, to {tensors[-1].name}")
+    if bundle.backend == "tensorrt" and not bundle.engines:
+        print(f"\nengines: none yet: rtp-llm build {bundle.path}")
+    for key, engine in bundle.engines.items():
+        plugin = f", attention plugin {engine.plugin}" if engine.plugin else ""
+        print(f"\n{key} engine: {engine.path}, for {engine.gpu} (compute capability "
+              f"{engine.compute_capability}) and TensorRT {engine.tensorrt}{plugin}")  # fmt: skip
+        built = engine.limits | engine.options
+        print("  " + ", ".join(f"{name} {value}" for name, value in built.items()))
     print("\nfiles" + (" (hashes are right)" if args.hashes else ""))
     _table([("", name, _size(f.size), f.sha256[:16]) for name, f in bundle.files.items()])
     return 0

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 
+from .errors import MissingDependency, UserError
+
 OK, NOTE, BROKEN = "ok", "note", "broken"
 RUNTIME = ("numpy", "PIL", "tokenizers", "jinja2", "psutil")  # what every answer needs
 EXPORT = (
@@ -55,7 +57,9 @@ def examine() -> list[Check]:
         ("export", _exporter),
         ("onnxruntime", lambda: _onnxruntime(gpu)),
         ("gpu", lambda: Check("gpu", OK if gpu else NOTE, gpu or "none: answers come from the CPU")),
-        ("tensorrt", _tensorrt),
+        ("triton language", lambda: _kernels(gpu)),
+        ("tensorrt", lambda: _tensorrt(gpu)),
+        ("torch_tensorrt", _torch_tensorrt),
         ("tritonserver", _tritonserver),
         ("hub", _hub),
         ("memory", _memory),
@@ -116,7 +120,7 @@ def _torch(gpu: str | None) -> Check:
 
     if gpu and not torch.cuda.is_available():
         return Check("torch", NOTE, f"{found}, which does not see the GPU",
-                     "install a CUDA build of torch; an export works without")  # fmt: skip
+                     "install a CUDA build of torch: GPU bundles run through it")  # fmt: skip
     return Check("torch", OK, found + (f", CUDA {torch.version.cuda}" if torch.cuda.is_available() else ""))
 
 
@@ -144,8 +148,10 @@ def _onnxruntime(gpu: str | None) -> Check:
     providers = [p.removesuffix("ExecutionProvider") for p in onnxruntime.get_available_providers()]
     found = f"{onnxruntime.__version__}, providers {', '.join(providers)}"
     if gpu and "CUDA" not in providers:
-        return Check("onnxruntime", NOTE, f"{found}: the GPU is not used",
+        return Check("onnxruntime", NOTE, f"{found}: bundles of export --device cuda do not run",
                      "pip uninstall -y onnxruntime && pip install onnxruntime-gpu")  # fmt: skip
+    if gpu:  # listed by the wheel, whether or not its libraries are here
+        found += "; CUDA's libraries are loaded when a bundle is"
     return Check("onnxruntime", OK, found)
 
 
@@ -161,13 +167,43 @@ def _gpu() -> str | None:
     return out.stdout.strip().splitlines()[0] if out.returncode == 0 and out.stdout.strip() else None
 
 
-def _tensorrt() -> Check:
-    if not (found := version("tensorrt")):
-        return Check("tensorrt", NOTE, "not installed: no TensorRT engines (which are not supported yet)",
-                     "on Linux with an NVIDIA GPU: pip install tensorrt")  # fmt: skip
-    if why := _broken_import("tensorrt"):
-        return Check("tensorrt", NOTE, why, "pip install --force-reinstall tensorrt")
-    return Check("tensorrt", OK, found)
+def _kernels(gpu: str | None) -> Check:
+    """The Triton language: attention of TorchScript on a GPU, and of the TensorRT plugins when built."""
+    name = "triton language"
+    why = _broken_import("triton")
+    if not why:
+        return Check(name, OK, f"{version('triton')}: paged attention on a GPU")
+    found = "not installed" if version("triton") is None else why
+    if not gpu:
+        return Check(name, OK, f"{found}, and not needed without a GPU")
+    return Check(name, NOTE, f"{found}: no TorchScript on the GPU, no paged engines built",
+                 "pip install triton")  # fmt: skip
+
+
+def _tensorrt(gpu: str | None) -> Check:
+    from . import trt
+
+    try:
+        found = trt.version()
+    except MissingDependency as e:
+        found, _, fix = str(e).rpartition(": ")
+        where = "" if gpu else "on Linux with an NVIDIA GPU: "
+        return Check("tensorrt", NOTE, f"{found}, so no engines are built or run", where + fix)
+    if not gpu:
+        return Check("tensorrt", NOTE, f"{found}, but no GPU: engines are built and run where one is",
+                     "run rtp-llm build on the machine with the GPU")  # fmt: skip
+    try:
+        return Check("tensorrt", OK, f"{found}, for {trt.gpu().name}")
+    except UserError as e:
+        return Check("tensorrt", NOTE, f"{found}: {e}", "install a CUDA build of torch")
+
+
+def _torch_tensorrt() -> Check:
+    if found := version("torch-tensorrt"):
+        why = _broken_import("torch_tensorrt")
+        fix = "install the torch-tensorrt that goes with this torch" if why else ""
+        return Check("torch_tensorrt", NOTE if why else OK, why or found, fix)
+    return Check("torch_tensorrt", OK, "not installed: rtp-llm build has no --vision-compiler torch_tensorrt")
 
 
 def _tritonserver() -> Check:

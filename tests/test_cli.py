@@ -19,7 +19,7 @@ from rtp_llm.runtime.batch import run
 from rtp_llm.runtime.request import AuxInfo, GenerateOutput, GenerateResponse
 from rtp_llm.talk import Talk
 
-COMMANDS = ["export", "verify", "inspect", "chat", "batch", "doctor", *cli.COMING]
+COMMANDS = ["export", "build", "verify", "inspect", "chat", "batch", "doctor", *cli.COMING]
 
 
 def _response(text: str, finished: bool = True) -> GenerateResponse:
@@ -100,7 +100,9 @@ def test_every_command_has_help_with_an_example(command: str, capsys: pytest.Cap
         ("export --model nothing", 2, "known families are qwen_vl, llava"),
         ("export --checkpoint no/such/folder", 2, "does not exist"),
         ("export --model qwen_vl --checkpoint . --precision fp16", 2, "fp16 is refused on the CPU"),
-        ("export --model qwen_vl --checkpoint . --backend tensorrt", 2, "not supported yet"),
+        ("export --model qwen_vl --checkpoint . --backend tensorrt --device cpu", 2, "device cpu"),
+        ("export --model qwen_vl --checkpoint . --opt-level 5", 2, "--opt-level goes with --backend"),
+        ("export --model qwen_vl --checkpoint . --backend tflite", 2, "onnxruntime, torchscript or tensorrt"),
         ("inspect no/such/folder", 2, "does not exist"),
         ("batch b no.jsonl out.jsonl", 2, "no such file: no.jsonl"),
         *((f"{name} b --port 1", 2, f"`rtp-llm {name}` is not supported yet") for name in cli.COMING),

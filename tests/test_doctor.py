@@ -86,3 +86,14 @@ def test_a_check_that_raises_is_a_broken_check() -> None:
         raise RuntimeError("two\nlines")
 
     assert doctor._safe("x", check).found == "RuntimeError: two lines"
+
+
+def test_an_old_tensorrt_is_named_with_the_version_that_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+    import types
+
+    old = types.ModuleType("tensorrt")
+    old.__version__ = "10.3.0"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tensorrt", old)
+    check = _by_name(monkeypatch)["tensorrt"]
+    assert check.status == NOTE and "10.3.0" in check.found and "10.15" in check.found

@@ -22,6 +22,7 @@ from ...errors import UserError
 from ...model_factory import MODEL_TYPES, ModelFactory, bundle_of
 from ...pipeline import Pipeline
 from .. import grammar
+from ..backends import device_of
 from . import logs, memory
 from .app import make_app
 from .guard import Guard
@@ -131,13 +132,17 @@ def _open(settings: Settings) -> Pipeline:
     """The model behind its memory table. Raises UserError when it does not fit."""
     config = settings.model_config()
     bundle = bundle_of(_path(settings), config)
+    device = device_of(bundle, config.device)
     table = memory.plan(
         bundle,
-        memory.memory_limit(settings.memory_limit),
+        memory.memory_limit(settings.memory_limit)
+        if device == "cpu"
+        else memory.gpu_limit(settings.memory_limit, device),
         kv_cache_bytes=config.kv_cache_bytes,
         image_cache_bytes=config.image_cache_bytes,
         slots=config.slots,
         max_seq_len=config.max_seq_len,
+        gpu=device != "cpu",
     )
     _check(table)
     config = dataclasses.replace(config, ckpt_path=str(bundle.path), kv_cache_bytes=table.cache)

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
 from ..kv_cache import BLOCK, blocks_for
@@ -33,6 +33,7 @@ class Weights:
     precision: str
     bytes: int
     mapped: bool = False  # stay in the file: the system takes their pages back when it needs room
+    repacked: bool = False  # by ONNX Runtime, while it opens the graph
 
     @property
     def held(self) -> int:
@@ -42,7 +43,7 @@ class Weights:
     @property
     def loading(self) -> int:
         """Bytes at the worst moment of opening the graph."""
-        return self.held + int(INT4_LOADING * self.bytes if self.precision == "int4" else 0)
+        return self.held + int(INT4_LOADING * self.bytes if self.repacked else 0)
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Table:
     longest: int  # tokens of the longest sequence
     vision: int | None = None  # peak of a full batch; None before it was measured
     measured: int | None = None  # what the process held after the warm-up, without cache and images
+    smallest: str = "int4"  # precision that bundles of this kind can have
 
     @property
     def need(self) -> int:
@@ -85,8 +87,10 @@ class Table:
         if fits and cache * self.tokens >= self.cache * BLOCK:  # a block at least
             advice.append(f"--kv-cache-bytes {cache} (now {size(self.cache)})")
         heavy = max(self.weights, key=lambda w: w.loading)
-        if heavy.precision != "int4" and not heavy.mapped:
-            advice.append(f"a bundle exported with --precision int4 (this one is {heavy.precision})")
+        if heavy.precision != self.smallest and not heavy.mapped:
+            advice.append(
+                f"a bundle exported with --precision {self.smallest} (this one is {heavy.precision})"
+            )
         if not advice:
             advice.append("a smaller model")
         raise UserError(
@@ -135,56 +139,84 @@ def plan(
     slots: int,
     max_seq_len: int | None = None,
     available: int | None = None,
+    gpu: bool = False,
+    weight_budget: int | None = None,
 ) -> Table:
     """What the bundle will need, from its files. `available`: free memory, as now unless given.
+    `weight_budget`: bytes of the weights of each TensorRT engine that stay on the GPU; None: all.
 
     Without `kv_cache_bytes` the cache gets a quarter of the limit or half of what the weights leave,
-    whichever is less, and never more than all slots can fill: pass `table.cache` on to the backend.
+    whichever is less (of a `gpu`, which nobody else wants, five sixths of what the weights leave), and
+    never more than all slots can fill: pass `table.cache` on to the backend.
     Raises UserError when `kv_cache_bytes` is less than a block.
     """
     available = _available() if available is None else available
     model = bundle.model
+    engines = bundle.engines if gpu else {}  # a check on a CPU opens the graphs
+    limits = engines["decoder"].limits if "decoder" in engines else {}
     weights = []
     for graph, spec in sorted(bundle.graphs.items()):
-        total = sum(f.size for name, f in bundle.files.items() if name.startswith(f"{graph}."))
+        # of a TensorRT bundle only the plans are opened
+        file = engines[graph].path if graph in engines else spec.path
+        total = sum(f.size for name, f in bundle.files.items() if name.startswith(file))
+        if graph in engines and weight_budget is not None:
+            total = min(total, weight_budget)
         # as the backend does: large float32 weights are not copied
-        mapped = spec.precision == "fp32" and total > available // 4
-        weights.append(Weights(graph, spec.precision, total, mapped))
-    block = 2 * 4 * model.layers * model.kv_heads * model.head_dim * BLOCK
+        mapped = model.attention == "gqa" and spec.precision == "fp32" and total > available // 4
+        repacked = model.attention == "gqa" and spec.precision == "int4"
+        weights.append(Weights(graph, spec.precision, total, mapped, repacked))
+    number = 4 if bundle.graphs["decoder"].inputs[-1].dtype == "float32" else 2  # bytes, in the caches
+    block = 2 * number * model.layers * model.kv_heads * model.head_dim * BLOCK
     if kv_cache_bytes is not None and kv_cache_bytes < block:
         raise UserError(
             f"--kv-cache-bytes {kv_cache_bytes} is less than {BLOCK} tokens of {bundle.name} take: "
             f"give {block} or more"
         )
-    longest = max_seq_len or model.max_seq_len
-    most = slots * blocks_for(longest)
+    longest = min(max_seq_len or model.max_seq_len, limits.get("max_seq_len", UNLIMITED))
+    # a slot of TensorRT's own cache layers is there as a whole
+    each = limits.get("slot_len", longest)
+    most = min(slots, limits.get("max_batch_size", slots)) * blocks_for(each)
     left = limit.bytes - PROGRAM - sum(w.held for w in weights) - image_cache_bytes
-    wanted = kv_cache_bytes or max(block, min(limit.bytes // 4, left // 2))
+    share = left * 5 // 6 if gpu else min(limit.bytes // 4, left // 2)
+    wanted = kv_cache_bytes or max(block, share)
     blocks = max(1, min(wanted // block, most))
     longest = min(longest, blocks * BLOCK)
+    smallest = {"torchscript": "int8", "onnxruntime": "int4" if model.attention == "gqa" else "bf16"}
     return Table(
-        bundle.name, limit, tuple(weights), blocks * block, image_cache_bytes, blocks * BLOCK, longest
-    )
+        bundle.name, limit, tuple(weights), blocks * block, image_cache_bytes, blocks * BLOCK, longest,
+        smallest=smallest.get(bundle.backend, "int4"),
+    )  # fmt: skip
 
 
 def measure(table: Table, model: Model) -> Table:
     """The table with the vision peak as measured: one full batch goes through the vision graph.
 
-    Call it while the engine has no request.
+    Call it while the engine has no request. On a GPU the memory is the GPU's.
     """
     if "vision" not in model.bundle.graphs:
         return dataclasses.replace(table, vision=0, measured=_anonymous())
     import numpy as np
 
     side, batch = model.bundle.vision.size, model.engine.images.batch
-    encode = model.engine.backend.encode
-    encode(np.zeros((1, side, side, 3), np.uint8))  # opens the graph
-    vision = peak(lambda: encode(np.zeros((batch, side, side, 3), np.uint8)))
-    return dataclasses.replace(table, vision=vision, measured=_anonymous())
+    backend = model.engine.backend
+    backend.encode(np.zeros((1, side, side, 3), np.uint8))  # opens the graph
+    gpu = getattr(backend, "device", None) if getattr(backend, "cuda", False) else None
+    vision = peak(lambda: backend.encode(np.zeros((batch, side, side, 3), np.uint8)), gpu)
+    # of a GPU's weights their files tell: what else is there may be another process's
+    return dataclasses.replace(table, vision=vision, measured=None if gpu else _anonymous())
 
 
-def peak(work: Callable[[], np.ndarray]) -> int:
-    """Bytes that the process grew by at the worst moment of `work`."""
+def peak(work: Callable[[], np.ndarray], gpu: Any = None) -> int:
+    """Bytes that the process, or its share of a GPU, grew by at the worst moment of `work`."""
+    if gpu is not None:
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(gpu)
+        before, free = torch.cuda.memory_allocated(gpu), torch.cuda.mem_get_info(gpu)[0]
+        work()
+        # what ONNX Runtime and TensorRT take is none of torch's, and they keep it
+        taken = free - torch.cuda.mem_get_info(gpu)[0]
+        return max(taken, torch.cuda.max_memory_allocated(gpu) - before)
     _reset_peak()
     before = _status("VmRSS")
     work()
@@ -200,6 +232,17 @@ def memory_limit(flag: int | None, root: Path = Path("/")) -> Limit:
     if cgroup is not None and cgroup < free.bytes:
         return Limit(cgroup, "the cgroup's limit")
     return free
+
+
+def gpu_limit(flag: int | None, device: str) -> Limit:
+    """`flag` (--memory-limit), else the free memory of a GPU. Raises UserError where torch sees none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError(f"device {device}: torch {torch.__version__} sees no GPU here")
+    return Limit(torch.cuda.mem_get_info(device)[0], "free on the GPU") if flag is None else Limit(
+        flag, "--memory-limit"
+    )
 
 
 def cgroup_limit(root: Path = Path("/")) -> int | None:

@@ -96,7 +96,13 @@ class Settings:
     checkpoint_path: str | None = _text(None, "checkpoint folder, hub id or bundle folder")
     tokenizer_path: str | None = _text(None, "tokenizer folder, if not the checkpoint's")
     act_type: str | None = _text(None, "precision of the weights, like fp32")
-    quantization: str | None = _text(None, "int8 or int4; wins over act_type")
+    quantization: str | None = _text(None, "int8, int4 or fp8 (tensorrt); wins over act_type")
+    backend: str | None = _text(None, "onnxruntime, torchscript, tensorrt [what the bundle is for]")
+    device: str | None = _text(None, "cpu, cuda, cuda:1 [what the bundle is for]")
+    kv_cache: str | None = _text(None, "of tensorrt: paged, linear [what the bundle is for]")
+    trust_engines: bool = _setting(
+        False, _flag, "1 or 0", "open archives and plans, which are programs, of other machines", env=False
+    )
     max_seq_len: int | None = _setting(
         None, _count(1), "a number of tokens", "tokens of the longest sequence"
     )
@@ -113,6 +119,9 @@ class Settings:
     )
     kv_cache_bytes: int | None = _setting(
         None, _size, "a size like 2GiB", "of keys and values [a quarter of the free memory]"
+    )
+    weight_budget: int | None = _setting(
+        None, _size, "a size like 8GiB", "weights kept on the GPU, of engines built with --weight-streaming"
     )
     image_cache_bytes: int = _setting(2**28, _size, "a size like 256MiB", "of encoded pictures [256MiB]")
 
@@ -229,6 +238,11 @@ class Settings:
             tokenizer_path=self.tokenizer_path,
             act_type=self.act_type,
             quantization=self.quantization,
+            backend=self.backend,
+            device=self.device,
+            kv_cache=self.kv_cache,
+            trust_engines=self.trust_engines,
+            weight_budget=self.weight_budget,
             max_seq_len=self.max_seq_len,
             conversation=self.chat_template,
             kv_cache_bytes=self.kv_cache_bytes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from rtp_llm.errors import UserError
-from rtp_llm.export.bundle import Bundle, FileSpec, read
+from rtp_llm.export.bundle import Bundle, EngineSpec, FileSpec, read
 from rtp_llm.model_factory import ModelConfig, ModelFactory
 from rtp_llm.runtime.server import memory
 from rtp_llm.runtime.server.memory import Limit, plan
@@ -97,6 +98,76 @@ def test_a_refusal_names_the_size_the_limit_and_what_would_help(bundle: Bundle, 
     text = str(caught.value)
     assert "6.0 GB are there (--memory-limit)" in text
     assert ("--precision int4" in text) == (precision != "int4")
+
+
+@pytest.mark.parametrize(
+    ("backend", "precision", "advice"),
+    [("torchscript", "fp32", "int8"), ("torchscript", "int8", ""), ("tensorrt", "bf16", "int4"),
+     ("onnxruntime", "fp16", "bf16")],
+)  # fmt: skip
+def test_a_refusal_of_a_gpus_bundle_names_a_precision_that_its_backend_has(
+    bundle: Bundle, backend: str, precision: str, advice: str
+) -> None:
+    heavy = sized(bundle, 9, 0, precision)
+    model = dataclasses.replace(heavy.model, attention="paged")
+    heavy = dataclasses.replace(heavy, backend=backend, model=model)
+    with pytest.raises(UserError) as caught:
+        planned(heavy, limit=6).check()
+    found = re.search(r"exported with --precision (\w+)", str(caught.value))
+    assert (found[1] if found else "") == advice
+
+
+def test_only_onnx_runtime_on_a_cpu_repacks_int4(bundle: Bundle) -> None:
+    engines = sized(bundle, decoder=4, vision=0)
+    engines = dataclasses.replace(
+        engines, backend="tensorrt", model=dataclasses.replace(engines.model, attention="paged")
+    )
+    assert "while it opens" not in str(planned(engines, limit=12))
+
+
+def engines(bundle: Bundle, kv_cache: str, **limits: int) -> Bundle:
+    """As if plans of 5 and 2 GB were built of graphs of 9 and 4."""
+    files = {**sized(bundle, 9, 4, "bf16").files, "decoder.plan": FileSpec(5 * GB, ""),
+             "vision.plan": FileSpec(2 * GB, "")}  # fmt: skip
+    plans = {k: EngineSpec(f"{k}.plan", "", "9.0", "11", "", limits) for k in ("vision", "decoder")}
+    model = dataclasses.replace(bundle.model, attention=kv_cache)
+    return dataclasses.replace(bundle, files=files, engines=plans, backend="tensorrt", model=model)
+
+
+def test_engines_take_their_plans_on_a_gpu_less_what_is_streamed_and_the_graphs_on_a_cpu(
+    bundle: Bundle,
+) -> None:
+    made = engines(bundle, "paged", max_batch_size=4, max_seq_len=512)
+    sizes = {
+        name: {w.graph: w.bytes // GB for w in planned(made, limit=40, **options).weights}
+        for name, options in (
+            ("gpu", {"gpu": True}), ("cpu", {}), ("budget", {"gpu": True, "weight_budget": 3 * GB})
+        )
+    }
+    assert sizes == {
+        "gpu": {"decoder": 5, "vision": 2},
+        "cpu": {"decoder": 9, "vision": 4},
+        "budget": {"decoder": 3, "vision": 2},
+    }
+
+
+def test_the_cache_of_engines_holds_what_they_were_built_for_and_whole_slots(bundle: Bundle) -> None:
+    paged = planned(engines(bundle, "paged", max_batch_size=4, max_seq_len=512), limit=400, gpu=True)
+    assert (paged.tokens, paged.longest) == (4 * 512, 512)
+    linear = engines(bundle, "linear", max_batch_size=4, max_seq_len=512, slot_len=528)
+    assert planned(linear, limit=400, gpu=True).tokens == 4 * 528
+
+
+def test_a_peak_on_a_gpu_counts_what_torch_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = iter([10 * GB, 7 * GB])
+    for name, answer in (
+        ("reset_peak_memory_stats", lambda gpu: None),
+        ("memory_allocated", lambda gpu: GB),
+        ("max_memory_allocated", lambda gpu: 2 * GB),
+        ("mem_get_info", lambda gpu: (next(free), 80 * GB)),
+    ):
+        monkeypatch.setattr(f"torch.cuda.{name}", answer)
+    assert memory.peak(lambda: np.zeros(1), "cuda:0") == 3 * GB
 
 
 def test_the_cache_size_that_a_refusal_names_fits(bundle: Bundle) -> None:
