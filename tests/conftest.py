@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub, and a dead one is slow to notice
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# what tests build is not to be trusted later
+os.environ["RTP_LLM_STATE"] = tempfile.mkdtemp()
+atexit.register(shutil.rmtree, os.environ["RTP_LLM_STATE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rtp_llm.build.rewrite import rewrite
 from rtp_llm.model_factory import ModelConfig, ModelFactory
 from rtp_llm.pipeline import GenerateOutput, Pipeline
+from rtp_llm.runtime.backends.evaluator import EvaluatorBackend
 
 FOLDER = Path(__file__).parents[2] / "shared/goldens"
 SETS = ("qwenvl_A", "qwenvl_C", "llava_orig_A", "llava_hf_A")
@@ -32,13 +34,22 @@ def _cases(*kinds: str) -> list[Any]:
     return found or [pytest.param("", {}, id="absent")]
 
 
+LOWERINGS: dict[str, dict[str, Any]] = {
+    "gqa": {},
+    "linear": {"backend": "tensorrt", "kv_cache": "linear", "device": "cpu"},  # in ONNX Runtime
+    "paged": {"backend": "tensorrt", "device": "cpu"},  # in ONNX's reference evaluator
+    "rewritten": {"backend": "tensorrt", "device": "cpu"},  # there too: as `build` hands it to TensorRT
+    "torchscript": {"backend": "torchscript", "device": "cpu"},
+}
+
+
 class Set:
     """One golden set: its checkpoint, opened through the front door, and what was recorded."""
 
-    def __init__(self, name: str, conversation: str | None = None):
+    def __init__(self, name: str, conversation: str | None = None, lowering: str = "gqa"):
         self.name, self.folder = name, FOLDER / name
         self.family = "qwen" if name.startswith("qwen") else "llava"
-        config = ModelConfig(quantization="fp32", conversation=conversation)
+        config = ModelConfig(quantization="fp32", conversation=conversation, **LOWERINGS[lowering])
         model = ModelFactory.from_huggingface(self.folder / "checkpoint", model_config=config)
         self.pipeline = Pipeline(model, model.tokenizer)
         self.recorded = json.loads((self.folder / "cases.json").read_text())
@@ -60,10 +71,14 @@ def sets(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RTP_LLM_CACHE", str(tmp_path_factory.mktemp("goldens")))
 
-        def open_set(name: str, conversation: str | None = None) -> Set:
-            key = name, conversation
+        def open_set(name: str, conversation: str | None = None, lowering: str = "gqa") -> Set:
+            key = name, conversation, lowering
             if key not in opened:
-                opened[key] = Set(name, conversation)
+                with pytest.MonkeyPatch.context() as as_built:
+                    if lowering == "rewritten":
+                        exported = EvaluatorBackend.model
+                        as_built.setattr(EvaluatorBackend, "model", lambda b: rewrite(exported(b), splits=3))
+                    opened[key] = Set(name, conversation, lowering)
             return opened[key]
 
         yield open_set
@@ -150,6 +165,16 @@ def test_ids_logits_and_greedy_tokens_equal_the_reference(sets, name, case, monk
     assert same_tokens(output.output_ids, golden.array(case, "generated_ids"), margins)
     if (margins >= MARGIN).all():
         assert worst(output.logits, golden.array(case, "logits_steps")) <= 2 * TOLERANCE
+
+
+@pytest.mark.parametrize("lowering", [name for name in LOWERINGS if name != "gqa"])
+@pytest.mark.parametrize(("name", "case"), _cases("raw", "chat", "ids"))
+def test_every_lowering_gives_the_reference_s_logits_and_tokens(sets, name, case, lowering, monkeypatch):
+    golden = sets(name, lowering=lowering)
+    output = run(golden, case, monkeypatch)
+    assert worst(output.logits[0], golden.array(case, "first_logits")[0]) <= TOLERANCE
+    margins = golden.array(case, "step_margin")
+    assert same_tokens(output.output_ids, golden.array(case, "generated_ids"), margins)
 
 
 def _pictures_first(case: dict[str, Any]) -> bool:
