@@ -8,6 +8,8 @@
     │   ├── GenerateConfigError       604   400    2
     │   │   └── NotSupportedYet       604   400    2    known, and not built yet
     │   ├── Overloaded                409   429    2
+    │   ├── NotReady                  503   503    2    the model is still loading
+    │   ├── BadField                  507   400    2    one field of a request, named
     │   ├── ImageError
     │   │   ├── ImageInputTooLong     901   400    2
     │   │   ├── ImageWrongFormat      902   400    2    tags and images do not match
@@ -34,9 +36,17 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 20
 
 
+LONGEST = 1000  # characters of a message to a client
+
+
 def shown(value: object) -> str:
     """A caller's value in a message: its repr, cut in the middle where it is long."""
     return _SHORT.repr(value)
+
+
+def brief(message: str) -> str:
+    """A message as servers tell it, cut at the end where it is long."""
+    return message if len(message) <= LONGEST else message[: LONGEST - 1] + "…"
 
 
 class RtpLlmError(Exception):
@@ -86,6 +96,20 @@ class Overloaded(UserError):
     code = 409
     name = "CONCURRENCY_LIMIT_ERROR"
     status = 429
+
+
+class NotReady(UserError):
+    code = 503
+    name = "NOT_READY"
+    status = 503
+
+
+class BadField(UserError):
+    """One field of a request is wrong; `param` names it."""
+
+    def __init__(self, param: str, message: str):
+        super().__init__(message)
+        self.param = param
 
 
 class ImageError(UserError):

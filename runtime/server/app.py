@@ -8,10 +8,10 @@ from starlette.exceptions import HTTPException
 
 from ... import __version__
 from ...errors import RtpLlmError
+from ..service import Service
 from . import chat, failures, info, raw
 from .guard import Guard
 from .schemas import ErrorResponse
-from .service import Service
 
 
 def make_app(service: Service) -> Guard:

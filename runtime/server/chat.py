@@ -11,14 +11,14 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
-from ...errors import shown
 from ..detokenizer import speller
 from ..request import GenerateOutput, GenerateResponse, Request
+from ..sequence import answers_of
+from ..service import Call, Service, check_parts, check_size, usage_of
+from ..strict_json import Piece, dumps
 from . import failures
-from .failures import BadField
-from .schemas import ChatRequest, answers_of
-from .service import Call, Service, check_size
-from .wire import STREAMS, EventStream, Json, Piece, StrictRoute, dumps, last, off_loop
+from .schemas import ChatRequest
+from .wire import STREAMS, EventStream, Json, StrictRoute, last, off_loop
 
 router = APIRouter(route_class=StrictRoute, tags=["OpenAI"])
 
@@ -46,24 +46,6 @@ async def chat_completions(body: ChatRequest, http: HttpRequest) -> Response:
         raise
     usage = bool(body.stream_options and body.stream_options.include_usage)
     return EventStream(answer.events(first, responses, usage))
-
-
-def check_parts(messages: list[Any]) -> None:
-    """Only what API.md names; the prompt encoder checks the rest."""
-    for i, message in enumerate(messages):
-        content = message.get("content") if isinstance(message, dict) else None
-        for j, part in enumerate(content if isinstance(content, list) else []):
-            where = f"messages[{i}].content[{j}]"
-            kind = part.get("type") if isinstance(part, dict) else None
-            if kind not in ("text", "image_url"):
-                what = f"of type {shown(kind)}" if isinstance(part, dict) else shown(part)
-                raise BadField(where, f"{where} is {what}, expected a part of type text or image_url")
-            image = part.get("image_url")
-            detail = image.get("detail") if isinstance(image, dict) else None
-            if detail not in (None, "auto", "low", "high"):
-                raise BadField(
-                    where, f"{where}.image_url.detail is {shown(detail)}, expected auto, low or high"
-                )
 
 
 class _Answer:
@@ -155,17 +137,6 @@ class _Answer:
             "bytes": list(spelled),
             "logprob": max(logprob, -9999.0),  # OpenAI's way to say never; JSON has no infinity
         }
-
-
-def usage_of(response: GenerateResponse) -> dict[str, Any]:
-    infos = [o.aux_info for o in response.generate_outputs]
-    new = sum(a.output_len for a in infos)
-    return {
-        "prompt_tokens": infos[0].input_len,
-        "completion_tokens": new,
-        "total_tokens": infos[0].input_len + new,
-        "prompt_tokens_details": {"cached_tokens": infos[0].reuse_len},
-    }
 
 
 def event(value: Any) -> bytes:

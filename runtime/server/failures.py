@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
@@ -13,28 +13,21 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from ...errors import (
-    BundleError,
-    CheckpointError,
+    BadField,
     GenerateConfigError,
     GenerationTimeout,
-    InternalError,
-    MissingDependency,
+    NotReady,
     Overloaded,
     RtpLlmError,
-    UserError,
+    brief,
     shown,
 )
 from ..sequence import ALIASES, SamplingParams
-
-if TYPE_CHECKING:
-    from .service import Call
+from ..service import Call, told
 
 RAW = "/"  # the path of the endpoint with its own shape
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 RETRY_SECONDS = "1"
-# of the server's own installation and model, which no client can mend
-OURS = (MissingDependency, CheckpointError, BundleError)
-LONGEST = 1000  # characters of a message
 
 
 class HttpError(HTTPException):
@@ -48,14 +41,6 @@ class HttpError(HTTPException):
             headers["WWW-Authenticate"] = "Bearer"
         super().__init__(status, detail, headers=headers)
         self.code_str = code_str
-
-
-class BadField(UserError):
-    """One field of a request is wrong; `param` names it."""
-
-    def __init__(self, param: str, message: str):
-        super().__init__(message)
-        self.param = param
 
 
 def described(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
@@ -72,14 +57,10 @@ def status_of(error: BaseException) -> int:
 
 def known(error: BaseException, call: Call) -> HTTPException | RtpLlmError:
     """The error itself if a client may read it, else a line with the request's id; the log gets it whole."""
-    if isinstance(error, OURS):
-        ours = InternalError(f"{type(error).__name__}: {error}")
-        ours.__cause__, error = error, ours
-    call.error = error
-    if isinstance(error, HTTPException) or (isinstance(error, RtpLlmError) and error.status < 500):
+    if isinstance(error, HTTPException):
+        call.error = error
         return error
-    kind = type(error) if isinstance(error, RtpLlmError) else InternalError
-    return kind(f"internal error; the server's log has it under request id {call.id}")
+    return told(error, call)
 
 
 def body(error: HTTPException | RtpLlmError, raw: bool = False) -> dict[str, Any]:
@@ -89,8 +70,7 @@ def body(error: HTTPException | RtpLlmError, raw: bool = False) -> dict[str, Any
         message, code = str(error.detail), getattr(error, "code_str", "507_BAD_REQUEST_FIELD")
     else:
         message, code = str(error), error.code_str
-    if len(message) > LONGEST:
-        message = message[: LONGEST - 1] + "…"
+    message = brief(message)
     if raw:
         return {"error_code": int(code.split("_")[0]), "error_code_str": code, "message": message}
     kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
@@ -108,13 +88,13 @@ def _param(error: HTTPException | RtpLlmError) -> str | None:
 
 
 def response(error: Exception, call: Call, path: str) -> JSONResponse:
-    told = known(error, call)
-    headers = dict(getattr(told, "headers", None) or {})
-    if isinstance(told, Overloaded):
+    tell = known(error, call)
+    headers = dict(getattr(tell, "headers", None) or {})
+    if isinstance(tell, Overloaded | NotReady):
         headers["Retry-After"] = RETRY_SECONDS
-    if isinstance(told, GenerationTimeout):  # OpenAI's client would repeat a 408, to the same end
+    if isinstance(tell, GenerationTimeout):  # OpenAI's client would repeat a 408, to the same end
         headers["X-Should-Retry"] = "false"
-    return JSONResponse(body(told, raw=path == RAW), status_of(told), headers)
+    return JSONResponse(body(tell, raw=path == RAW), status_of(tell), headers)
 
 
 async def handle(request: Request, error: Exception) -> JSONResponse:

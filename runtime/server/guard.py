@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import hmac
 import ipaddress
 import re
 import socket
-import time
 import uuid
 from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...errors import Overloaded, RtpLlmError, shown
+from ..service import SANE_ID, Call, Service
 from . import failures, logs
 from .failures import HttpError
-from .metrics import outcome_of
-from .service import Call, Service
 from .settings import LOOPBACK_NAMES
 
 OPEN = {"/health", "/health/live", "/health/ready"}  # no key needed: probes have none
@@ -29,7 +26,6 @@ PIECE = 1 << 16  # bytes of an answer: uvicorn holds what it was given, read or 
 SMALL = 1 << 20  # bytes of a body that large ones, sent halfway, must not shut out
 LINGER_SECONDS = 2.0  # a client that is refused while it sends may finish sending, to read the answer
 ONCE = (b"host", b"authorization", b"content-type")
-SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 KINDS = {"/": "raw", "/v1/chat/completions": "chat", "/chat/completions": "chat"}  # of generating ones
 CLIENT_GONE = 499  # in the log, where no answer was begun
 
@@ -41,12 +37,11 @@ class _SlowReader(asyncio.CancelledError):
 class Guard:
     def __init__(self, app: ASGIApp, service: Service):
         self._app = app
-        self._service = service
+        self.service = service
         self.settings = service.settings
         self._keys = [key.encode() for key in self.settings.api_key]
         self._names = self._host_names()
         self._buffered = 0  # bytes of bodies held
-        self.places = 0  # of CONCURRENCY_LIMIT taken
         self.active = 0  # requests inside, probes not counted
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,48 +52,16 @@ class Guard:
         given = headers.get("x-request-id", "")
         request_id = given if SANE_ID.fullmatch(given) else uuid.uuid4().hex
         logs.request_id.set(request_id)
-        visit = _Visit(self, scope, send, request_id)
-        call, metrics = visit.call, self._service.metrics
         kind = KINDS.get(scope["path"]) if scope["method"] == "POST" else None
-        if kind:
-            metrics.started()
+        visit = _Visit(self, scope, send, self.service.begin(request_id, kind))
         counted = scope["path"] not in ALWAYS
         self.active += counted
         try:
             await self._visit(visit, scope, receive, headers)
         finally:
             self.active -= counted
-            self._leave(visit)
             self._buffered -= visit.buffered
-            seconds, outcome = time.monotonic() - call.began, outcome_of(call.error)
-            if kind:
-                metrics.finished(outcome, kind, call.aux, call.tokens, seconds)
-            logs.request(
-                method=scope["method"],
-                path=scope["path"],
-                status=visit.status or CLIENT_GONE,
-                seconds=seconds,
-                outcome=outcome,
-                error=call.error,
-                aux=call.aux,
-                tokens=call.tokens,
-            )
-
-    def _leave(self, visit: _Visit) -> None:
-        """Frees its places, but for those of threads that still fetch a picture: they do so at the end."""
-        loop = asyncio.get_running_loop()
-
-        def free() -> None:
-            self.places -= 1
-
-        def back(_: object) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(free)
-
-        running = [one for one in visit.call.preparing if not one.done()]
-        self.places -= visit.places - len(running)
-        for one in running:
-            one.add_done_callback(back)
+            self.service.end(visit.call, scope["method"], scope["path"], visit.status or CLIENT_GONE)
 
     async def _visit(
         self, visit: _Visit, scope: Scope, receive: Receive, headers: dict[str, str]
@@ -144,7 +107,7 @@ class Guard:
             # every key is compared, so that time tells nothing
             if not sum(hmac.compare_digest(key, known) for known in self._keys):
                 raise HttpError(401, "send your API key as `Authorization: Bearer KEY`", "401_WRONG_API_KEY")
-        if self._service.phase == "draining" and path not in ALWAYS:
+        if self.service.phase == "draining" and path not in ALWAYS:
             raise HttpError(503, "the server is shutting down", "503_DRAINING")
         if method not in ("GET", "HEAD", "OPTIONS"):
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -175,22 +138,12 @@ class Guard:
             raise Overloaded("the server holds too many large requests; try again later")
         self._buffered += count
 
-    def admit(self, count: int) -> None:
-        limit = self.settings.concurrency_limit
-        if count > limit:
-            what = "prompts × num_return_sequences (n)"
-            raise HttpError(400, f"{count} answers are asked for at once ({what}), the limit is {limit}")
-        if self.places + count > limit:
-            raise Overloaded(f"{self.places} answers are in work, the limit is {limit}; try again later")
-        self.places += count
-
 
 class _Visit:
     """One request's way through the guard."""
 
-    def __init__(self, guard: Guard, scope: Scope, send: Send, request_id: str):
-        self.call = Call(request_id, b"", self._admit)
-        self.places = 0
+    def __init__(self, guard: Guard, scope: Scope, send: Send, call: Call):
+        self.call = call
         self.buffered = 0
         self.status = 0  # of the answer; 0: none was begun
         self._guard = guard
@@ -200,10 +153,6 @@ class _Visit:
         self._abort: Callable[[], None] = scope.get("state", {}).get("abort") or (lambda: None)
         self._raw_send = send
         self._complete = False
-
-    def _admit(self, count: int) -> None:
-        self._guard.admit(count)
-        self.places += count
 
     async def send(self, message: Message) -> None:
         """Passes on, with the request's id. Raises _SlowReader."""

@@ -9,13 +9,12 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
-from ...errors import shown
-from .chat import check_parts
-from .failures import BadField, HttpError
+from ...errors import BadField, shown
+from ..service import Service, check_parts
+from .failures import HttpError
 from .metrics import CONTENT_TYPE
 from .page import page
 from .schemas import ChatRequest, DetokenizeRequest, EncodeRequest, TokenizeRequest
-from .service import Service
 from .wire import Json, StrictRoute
 
 NOT_READY: dict[int | str, dict[str, Any]] = {503: {"description": "Loading or draining"}}

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 import traceback
+import warnings
 from contextvars import ContextVar
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,8 @@ def setup(json_lines: bool, level: int = logging.INFO) -> None:
         logger.setLevel(logging.INFO)  # below it uvicorn writes messages of clients
     logging.getLogger("uvicorn.access").setLevel(logging.CRITICAL)
     logging.captureWarnings(True)
+    # Pillow warns of odd pictures, and Python keeps each text for good: clients write them
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     threading.excepthook = _thread_failed
 
 

@@ -13,15 +13,15 @@ from fastapi import Request as HttpRequest
 from starlette.responses import Response
 
 from ..request import GenerateOutput, GenerateResponse, Request
-from ..sequence import SamplingParams
+from ..sequence import SamplingParams, answers_of
+from ..service import Call, Service, check_size, returned
+from ..strict_json import dumps
 from . import failures
-from .schemas import RawErrorResponse, RawRequest, answers_of
-from .service import Call, Service, check_size
-from .wire import STREAMS, EventStream, Json, Piece, StrictRoute, dumps, last, off_loop
+from .schemas import RawErrorResponse, RawRequest
+from .wire import STREAMS, EventStream, Json, StrictRoute, last, off_loop
 
 T = TypeVar("T")
 router = APIRouter(route_class=StrictRoute, tags=["raw form"])
-RETURNED = ("output_ids", "input_ids", "loss", "logprobs", "logits", "all_probs")
 
 
 @router.post("/", responses=STREAMS | failures.described(RawErrorResponse))
@@ -141,20 +141,17 @@ class _Shape:
 
     def answer(self, latest: list[GenerateResponse], stream: bool = False) -> dict[str, Any]:
         # what is asked for besides the text comes once: with every event it would grow with the square
-        names = RETURNED if not stream or all(r.finished for r in latest) else ()
-        shaped = [self._one(i, response, stream, names) for i, response in enumerate(latest)]
+        full = not stream or all(r.finished for r in latest)
+        shaped = [self._one(i, response, stream, full) for i, response in enumerate(latest)]
         return {"response_batch": shaped} if self._batch else shaped[0]
 
-    def _one(
-        self, i: int, response: GenerateResponse, stream: bool, names: tuple[str, ...]
-    ) -> dict[str, Any]:
+    def _one(self, i: int, response: GenerateResponse, stream: bool, full: bool) -> dict[str, Any]:
         texts = response.generate_texts
         if stream and self._incremental[i]:
             texts = [t[len(s) :] for t, s in zip(texts, self._sent[i], strict=True)]
             self._sent[i] = response.generate_texts
         fields: list[dict[str, Any]] = []
         for text, output in zip(texts, response.generate_outputs, strict=True):
-            more = {name: Piece(v) for name in names if (v := getattr(output, name)) is not None}
             fields.append(
                 {
                     "response": text,
@@ -162,7 +159,7 @@ class _Shape:
                     "finish_reason": output.finish_reason,
                     "aux_info": dataclasses.asdict(output.aux_info),
                 }
-                | more
+                | (returned(output) if full else {})
             )
         if not self._lists[i]:
             return fields[0]

@@ -6,9 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, WithJsonSchema, model_validator
 
-from ...errors import shown
+from ...errors import BadField, shown
 from ..sequence import ALIASES
-from .failures import BadField
 
 _TEXT = {"type": "object", "required": ["type", "text"],
          "properties": {"type": {"const": "text"}, "text": {"type": "string"}}}  # fmt: skip
@@ -183,12 +182,6 @@ def merged(inner: dict[str, Any] | None, top: dict[str, Any]) -> dict[str, Any]:
     """`top` wins over `inner`, also where one of them uses another name of the field."""
     names = {ALIASES.get(name, name) for name in top}
     return {k: v for k, v in (inner or {}).items() if ALIASES.get(k, k) not in names} | top
-
-
-def answers_of(config: dict[str, Any]) -> int:
-    """How many answers each prompt is to have, at least 1; what is no number is refused later."""
-    asked = [v for k, v in config.items() if ALIASES.get(k, k) == "num_return_sequences"]
-    return max([1, *(int(v) for v in asked if isinstance(v, int | float))])
 
 
 class TokenizeRequest(BaseModel):

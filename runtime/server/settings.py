@@ -8,7 +8,7 @@ import ipaddress
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,6 +158,9 @@ class Settings:
     drain_seconds: float = _setting(
         30.0, _seconds, "seconds", "for running requests to finish after SIGTERM [30]"
     )
+    allow_image_embeds: bool = _setting(
+        False, _flag, "1 or 0", "1: Triton's vlm takes encoded pictures, which nobody can check [0]"
+    )
     json_logs: bool = _setting(True, _flag, "1 or 0", "one JSON object a line; 0: for people [1]")
 
     allowed_local_media_path: str | None = _setting(
@@ -254,12 +257,16 @@ class Settings:
 FIELDS = dataclasses.fields(Settings)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(
+    parser: argparse._ActionsContainer, fields: Iterable[dataclasses.Field[Any]] = FIELDS
+) -> None:
     """A flag per setting, spelled as its environment name is or with dashes."""
-    for f in FIELDS:
+    for f in fields:
         names = dict.fromkeys((f"--{f.name.replace('_', '-')}", f"--{f.name}"))
         if f.name == "checkpoint_path":  # as `rtp-llm export` spells it
             names["--checkpoint"] = None
+        if f.name == "act_type":
+            names["--precision"] = None
         how: dict[str, Any] = {"metavar": "0|1" if f.default is True else "VALUE"}
         if f.default is False:
             how = {"metavar": "0|1", "nargs": "?", "const": "1"}

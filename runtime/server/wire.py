@@ -1,96 +1,32 @@
-"""Bytes on the wire: strict JSON in, JSON and server-sent events out."""
+"""FastAPI's routes and responses: strict JSON in, JSON and server-sent events out."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import math
-import re
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
 from fastapi import Request
 from fastapi.routing import APIRoute
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from ...errors import UserError
+from ..strict_json import dumps, loads
 from .failures import HttpError
 
 T = TypeVar("T")
 BIG = 1 << 18  # bytes of JSON that may be parsed on the event loop
-MAX_ITEMS = 1_000_000  # separators in a body: each costs some 100 bytes, and time in which nobody else runs
-MAX_DEPTH = 64
-BRACKETS = bytes.maketrans(b"{}", b"[]")
-TOO_DEEP = f"the body is nested deeper than {MAX_DEPTH}, the limit"
-NO_MARKS = bytes(set(range(256)) - set(b'"[]{}'))
-
-
-def loads(data: bytes) -> Any:
-    """Strict JSON: UTF-8, no NaN, no infinite or longer than 64-bit numbers, no half characters, at most
-    MAX_ITEMS values, nested MAX_DEPTH deep.
-
-    Raises HttpError (400).
-    """
-    if sum(map(data.count, (b",", b"[", b"{"))) > MAX_ITEMS:
-        raise HttpError(400, f"the body has more than {MAX_ITEMS:,} commas and brackets, the limit")
-    try:
-        value = json.loads(
-            data.decode(), parse_constant=_constant, parse_int=_integer, parse_float=_float
-        )
-    except UnicodeDecodeError as e:
-        raise HttpError(400, f"the body is not UTF-8: {e.reason} at byte {e.start}") from e
-    except json.JSONDecodeError as e:
-        raise HttpError(400, f"the body is not JSON: {e.msg} at character {e.pos}") from e
-    except RecursionError as e:
-        raise HttpError(400, TOO_DEEP) from e
-    if _deep(data):
-        raise HttpError(400, TOO_DEEP)
-    if re.search(rb"\\u[dD][89a-fA-F]", data):
-        _whole(value)
-    return value
-
-
-def _deep(data: bytes) -> bool:
-    """Is this valid JSON nested deeper than MAX_DEPTH? In few passes, and without recursion."""
-    if data.count(b"[") + data.count(b"{") <= MAX_DEPTH:
-        return False
-    marks = data.replace(rb"\\", b"").replace(rb"\"", b"").translate(BRACKETS, NO_MARKS)
-    marks = re.sub(rb'"[^"]*"', b"", marks)
-    for _ in range(MAX_DEPTH):
-        marks = marks.replace(b"[]", b"")
-    return bool(marks)
-
-
-def _constant(name: str) -> NoReturn:
-    raise HttpError(400, f"the body holds {name}, which is not JSON")
-
-
-def _integer(digits: str) -> int:
-    if len(digits) > 20:
-        raise HttpError(400, f"the body holds the number {digits[:20]}…, which is too large")
-    return int(digits)
-
-
-def _float(digits: str) -> float:
-    if not math.isfinite(number := float(digits)):
-        raise HttpError(400, f"the body holds the number {digits[:20]}, which is too large")
-    return number
-
-
-def _whole(value: Any) -> None:
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as e:
-        raise HttpError(400, "the body holds half a character (a lone surrogate)") from e
 
 
 class _StrictRequest(Request):
     async def json(self) -> Any:
         data = await self.body()
-        return loads(data) if len(data) < BIG else await asyncio.to_thread(loads, data)
+        try:
+            return await off_loop(len(data) >= BIG, loads, data)
+        except UserError as e:  # any other exception FastAPI would answer itself
+            raise HttpError(e.status, str(e), e.code_str) from e
 
 
 class StrictRoute(APIRoute):
@@ -103,33 +39,6 @@ class StrictRoute(APIRoute):
             return await handler(_StrictRequest(request.scope, request.receive))
 
         return strict
-
-
-def dumps(value: Any) -> bytes:
-    return json.dumps(
-        value, ensure_ascii=False, separators=(",", ":"), default=_plain, allow_nan=False
-    ).encode()
-
-
-@dataclass(slots=True)
-class Piece:
-    """A part of an answer, encoded as its value; before each, other threads get a turn."""
-
-    value: Any
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Piece):
-        return value.value
-    if isinstance(value, np.ndarray) and value.ndim > 1:
-        return list(value)  # row by row: other threads get a turn between them
-    if isinstance(value, np.ndarray):
-        # JSON has no NaN (a loss's image slots) and no infinity (a logit of a banned token)
-        # (numpy's own loops let go of the interpreter for so short that threads waiting for it never get it)
-        return [x if math.isfinite(x) else None for x in value.tolist()]
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"{type(value).__name__} in an answer")
 
 
 class Json(Response):

@@ -21,8 +21,8 @@ import requests
 from rtp_llm.model_factory import ModelFactory
 from rtp_llm.pipeline import Pipeline
 from rtp_llm.runtime.server.lifecycle import Server, listen
-from rtp_llm.runtime.server.service import Service
 from rtp_llm.runtime.server.settings import Settings
+from rtp_llm.runtime.service import Service
 
 IMAGES = Path(__file__).parents[2] / "images"
 LONG = {"ignore_eos": True, "max_new_tokens": 4000}  # seconds of tokens, for who means to interrupt

@@ -270,7 +270,7 @@ def test_a_crowd_is_told_429_and_when_to_come_back(serve, model, until, long):
                 open_.enter_context(running.post("/", HI | long | {"stream": True}, stream=True))
                 for _ in range(2)
             ]
-            until(lambda: running.server.guard.places == 2)
+            until(lambda: running.server.service.places.taken == 2)
             for answer in (running.post("/", HI), running.chat("hi")):
                 assert answer.status_code == 429
                 assert int(answer.headers["retry-after"]) >= 1
@@ -398,7 +398,7 @@ def test_each_answer_of_a_request_takes_a_place(serve, model, until):
             assert "limit is 4" in answer.text
         body = HI | {"n": 3, "ignore_eos": True, "max_new_tokens": 4000, "stream": True}
         with running.post("/", body, stream=True):
-            until(lambda: running.server.guard.places == 3)
+            until(lambda: running.server.service.places.taken == 3)
             assert running.chat("hi", n=2, max_tokens=1).status_code == 429
             assert running.chat("hi", max_tokens=1).status_code == 200
 
@@ -416,7 +416,7 @@ def test_a_reader_that_stops_reading_is_cut_off_and_its_request_cancelled(serve,
             b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
             + str(len(body)).encode() + b"\r\n\r\n" + body
         )  # fmt: skip
-        until(lambda: running.server.guard.places == 1)
+        until(lambda: running.server.service.places.taken == 1)
         until(running.idle, 30)
         until(lambda: not running.server.server_state.connections)
     assert 'outcome="cancelled"} 1.0' in running.server.service.metrics.render().decode()
@@ -445,7 +445,7 @@ def test_a_prompt_that_fails_ends_its_batch_and_places_are_held_until_threads_ar
     serve, model, until, monkeypatch
 ):
     from rtp_llm.pipeline import Pipeline
-    from rtp_llm.runtime.server import service
+    from rtp_llm.runtime import service
 
     begun = []
     prepare = Pipeline.prepare
@@ -468,9 +468,9 @@ def test_a_prompt_that_fails_ends_its_batch_and_places_are_held_until_threads_ar
         assert time.monotonic() - began < 3
         until(running.idle)
         assert len(begun) <= 4  # the others were not even begun
-        assert guard.places == sum(prompt == slow for prompt in begun)
+        assert guard.service.places.taken == sum(prompt == slow for prompt in begun)
         silent.settimeout(5)
-        while guard.places:  # each download that ends gives its place back
+        while guard.service.places.taken:  # each download that ends gives its place back
             with contextlib.suppress(TimeoutError):
                 silent.accept()[0].close()
                 silent.settimeout(0.1)
@@ -516,7 +516,7 @@ def test_a_hundred_clients_that_vanish_leave_nothing_behind(serve, model, until,
             list(pool.map(vanish, range(100)))
         until(running.idle)
         until(lambda: not running.server.server_state.connections)
-        until(lambda: not running.server.guard.places)
+        until(lambda: not running.server.service.places.taken)
         assert running.server.guard._buffered == 0
         assert threading.active_count() <= threads + 4  # of the tokenising pool
         assert running.post("/", HI).status_code == 200

@@ -111,7 +111,7 @@ def held(running: Any) -> dict[str, Any]:
         "jobs": len(engine._jobs) + (not engine.scheduler.idle),
         "images": [len(part) for part in (engine.images._holders, engine.images._pixels,
                                           engine.images._encoding)],
-        "guard": [guard.active, guard.places, guard._buffered],
+        "guard": [guard.active, guard.service.places.taken, guard._buffered],
         "connections": len(running.server.server_state.connections),
         "downloads": download.DOWNLOADS - download._slots._value,
         "decoding": media.DECODING - media._decoding._free,
@@ -196,7 +196,8 @@ def test_512_idle_slow_readers_take_no_memory_and_no_time_from_others(hostile, u
                 socks.append(connect(running, receive_buffer=2048))
                 socks[-1].sendall(post("/", body))
             assert honest(running) == known
-            until(lambda: guard.places == crowd and not engine._jobs, 60)  # computed, and not taken away
+            # computed, and not taken away
+            until(lambda: guard.service.places.taken == crowd and not engine._jobs, 60)
             assert honest(running) == known
             assert running.get("/health").status_code == 200
             with running.post("/", {"prompt": "hi", "max_new_tokens": 4000, "ignore_eos": True,
@@ -205,8 +206,8 @@ def test_512_idle_slow_readers_take_no_memory_and_no_time_from_others(hostile, u
                 refused = running.post("/", json.loads(HI))
                 assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
             del last, refused  # they keep their sockets
-            until(lambda: guard.places == crowd)
-            assert guard.places == crowd, "nobody has left yet"
+            until(lambda: guard.service.places.taken == crowd)
+            assert guard.service.places.taken == crowd, "nobody has left yet"
             grown = anonymous_bytes() - before
             assert grown / crowd < 3 * size, f"{grown >> 20} MB"  # numbers, text, and pieces of it
             time.sleep(1)  # none comes for them any more
@@ -228,9 +229,9 @@ def test_an_answer_that_nobody_reads_is_not_piled_up_behind_the_socket(hostile, 
         assert len(running.post("/", body).content) > 500_000
         with connect(running, receive_buffer=2048) as sock:
             sock.sendall(post("/", json.dumps(body).encode()))
-            until(lambda: guard.places == 1 and unread())
+            until(lambda: guard.service.places.taken == 1 and unread())
             assert unread() < 200_000
-            until(lambda: not guard.places)  # cut off
+            until(lambda: not guard.service.places.taken)  # cut off
 
 
 def test_a_raw_streams_last_event_comes_however_slow_its_reader_is(server):
@@ -325,20 +326,20 @@ def test_who_pipelines_and_leaves_is_noticed_at_once(hostile, until, long):
     with hostile() as running:
         sock = connect(running)
         sock.sendall(post("/", json.dumps({"prompt": "hi"} | long).encode()))
-        until(lambda: running.server.guard.places)
+        until(lambda: running.server.service.places.taken)
         for _ in range(3):
             sock.sendall(get("/health"))
             time.sleep(0.02)
-        assert running.server.guard.places == 1  # it has not just come to its end
+        assert running.server.service.places.taken == 1  # it has not just come to its end
         sock.close()
-        until(lambda: not running.server.guard.places, 1)
+        until(lambda: not running.server.service.places.taken, 1)
     assert 'outcome="cancelled"} 1.0' in running.server.service.metrics.render().decode()
 
 
 def test_who_pipelines_without_end_is_not_read_without_end(hostile, until, long):
     with hostile() as running, connect(running) as sock:
         sock.sendall(post("/", json.dumps({"prompt": "hi"} | long | {"max_new_tokens": 1500}).encode()))
-        until(lambda: running.server.guard.places)
+        until(lambda: running.server.service.places.taken)
         (one,) = running.server.server_state.connections
         sock.settimeout(0.2)
         with pytest.raises(TimeoutError):
