@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from .errors import BundleError, UserError
 from .export.bundle import Bundle, is_bundle, read
 from .export.target import BACKENDS, KV_CACHES
-from .runtime.backends import DEVICES, Options, open_backend
-from .runtime.engine import Engine
+from .runtime.backends import DEVICES, GRAPHS, Options, open_backend
+from .runtime.engine import Encode, Engine
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -40,7 +40,9 @@ class ModelConfig:
     answers do not depend on what else is in the batch either (fp32 and int8 never do on the CPU), at the
     cost of a lone answer's speed. `trust_engines`: open TorchScript archives and TensorRT plans, which
     are programs, though they were made elsewhere. `weight_budget`: bytes of weights of each engine that
-    stay on the GPU, where they were built with weight streaming; None: all.
+    stay on the GPU, where they were built with weight streaming; None: all. `encode`: who encodes pictures
+    in place of the vision graph, which is then not opened: uint8 [N, size, size, 3] → float32 [N, tokens,
+    hidden].
     """
 
     model_type: str | None = None
@@ -64,6 +66,15 @@ class ModelConfig:
     threads: int | None = None
     trust_engines: bool = False
     weight_budget: int | None = None
+    encode: Encode | None = None
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        return GRAPHS if self.encode is None else ("decoder",)
+
+    @property
+    def options(self) -> Options:
+        return Options(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Options)})
 
     @property
     def slots(self) -> int:
@@ -152,10 +163,17 @@ def cache_folder() -> Path:
 def bundle_of(
     path: str, config: ModelConfig, progress: Callable[[Progress], None] | None = None
 ) -> Bundle:
-    """The bundle at `path`, or the one exported from the checkpoint there, with progress on stderr.
+    """The bundle at `path`, or the one exported from the checkpoint there, with progress on stderr; with
+    `config.encode` as if it had no vision graph.
 
     Raises UserError for names that do not exist, and what `export` raises.
     """
+    bundle = _bundle_of(path, config, progress)
+    graphs = {name: graph for name, graph in bundle.graphs.items() if name in config.graphs}
+    return dataclasses.replace(bundle, graphs=graphs)
+
+
+def _bundle_of(path: str, config: ModelConfig, progress: Callable[[Progress], None] | None) -> Bundle:
     for field, value, known in (
         ("backend", config.backend, BACKENDS), ("kv_cache", config.kv_cache, KV_CACHES)
     ):  # fmt: skip
@@ -230,16 +248,20 @@ def _check_options(path: str, bundle: Bundle, config: ModelConfig) -> None:
             )
 
 
-def _open(bundle: Bundle, config: ModelConfig) -> Model:
+def open_tokenizer(bundle: Bundle) -> Tokenizer:
+    """Raises BundleError."""
     from tokenizers import Tokenizer
 
     file = bundle.read_path(bundle.tokenizer)
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        return Tokenizer.from_file(str(file))
     except Exception as e:
         raise BundleError(f"{file} is no tokenizer: {e}") from e
-    options = {f.name: getattr(config, f.name) for f in dataclasses.fields(Options)}
-    backend = open_backend(bundle, Options(**options))
+
+
+def _open(bundle: Bundle, config: ModelConfig) -> Model:
+    tokenizer = open_tokenizer(bundle)
+    backend = open_backend(bundle, config.options)
     engine = Engine(
         backend,
         bundle.model,
@@ -247,5 +269,6 @@ def _open(bundle: Bundle, config: ModelConfig) -> Model:
         config.image_cache_bytes,
         config.max_batch_size,
         config.step_ms,
+        config.encode,
     )
     return Model(bundle, tokenizer, engine)

@@ -9,7 +9,15 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .errors import GenerateConfigError, ImageInputTooLong, InternalError, RtpLlmError, UserError
+from .errors import (
+    GenerateConfigError,
+    ImageInputTooLong,
+    ImageWrongFormat,
+    InternalError,
+    RtpLlmError,
+    UserError,
+    shown,
+)
 from .runtime.media import MediaPolicy
 from .runtime.prompt import EncodedPrompt, PromptEncoder, expand
 from .runtime.request import (
@@ -20,8 +28,11 @@ from .runtime.request import (
     Request,
     image_list,
 )
+from .runtime.vision import Embedded, check_embeds
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from .model_factory import Model
 
 __all__ = ["AuxInfo", "GenerateOutput", "GenerateResponse", "Pipeline"]
@@ -62,7 +73,7 @@ class Pipeline:
         iterator early cancels the request. Raises UserError and its kinds at the first step.
         """
         config = _merge(generate_config, overrides)
-        return self._run(lambda: self._request(self._encode(prompt, urls, images), config))
+        return self._run(lambda: self.prepare(prompt, urls, images, generate_config=config))
 
     def chat(
         self,
@@ -75,7 +86,7 @@ class Pipeline:
         Text in messages is only text; pictures come from `image_url` and `image` parts.
         """
         config = _merge(generate_config, overrides)
-        return self._run(lambda: self._request(self._prompts.encode_chat(messages), config))
+        return self._run(lambda: self.prepare(messages=messages, generate_config=config))
 
     async def pipeline_async(
         self,
@@ -106,6 +117,7 @@ class Pipeline:
         *,
         messages: list[dict[str, Any]] | None = None,
         generate_config: Mapping[str, Any] | None = None,
+        image_embeds: np.ndarray | None = None,
         salt: bytes = b"",
         max_images: int | None = None,
         arrived: float | None = None,
@@ -113,6 +125,9 @@ class Pipeline:
     ) -> Request:
         """Check a request and load its pictures, without starting it; for servers, as `stream` is.
 
+        With `messages`, `urls` are the pictures of the parts `{"type": "image"}` that hold none themselves.
+        `image_embeds`, float32 [N, tokens, hidden], take the place of all pictures: what this model's vision
+        graph has made of them. (Another model's, of the same shape, would be taken for a picture too.)
         It blocks while pictures are fetched and decoded; more than `max_images` are refused before.
         Requests share what is cached only with those of the same `salt`. `timeout_ms` counts from `arrived`
         (time.monotonic()). No further picture is decoded once `abandoned` says that nobody waits for it.
@@ -120,11 +135,24 @@ class Pipeline:
         """
         if (prompt is None) == (messages is None):
             raise UserError("give either prompt or messages")
+        images = one_of(urls, images)
+        if image_embeds is not None:
+            if images is not None:
+                raise UserError("image_embeds take the place of pictures: leave urls and images out")
+            check_embeds(image_embeds, self.model.bundle.vision)
+            images = list(range(len(image_embeds)))
         if messages is not None:
-            encoded = self._prompts.encode_chat(messages)
+            encoded = self._prompts.encode_chat(messages, None if images is None else image_list(images))
         else:
             assert prompt is not None
-            encoded = self._encode(prompt, urls, images)
+            encoded = self._encode(prompt, images)
+        if image_embeds is not None:
+            if named := [source for source in encoded.sources if not isinstance(source, int)]:
+                raise ImageWrongFormat(
+                    f"image_embeds take the place of all pictures, and the request names {shown(named[0])}"
+                )
+            # copies: who gave them may reuse the memory
+            encoded.sources = [Embedded(image_embeds[i].copy()) for i in encoded.sources]
         if max_images is not None and len(encoded.sources) > max_images:
             raise ImageInputTooLong(
                 f"the request has {len(encoded.sources)} images, the limit is {max_images}"
@@ -240,10 +268,8 @@ class Pipeline:
         self.stop()
         self._left = True
 
-    def _encode(self, prompt: str | list[int], urls: Any, images: Any) -> EncodedPrompt:
-        if urls is not None and images is not None:
-            raise UserError("urls and images are two names of one argument: give one of them")
-        return self._prompts.encode_prompt(prompt, image_list(urls if images is None else images))
+    def _encode(self, prompt: str | list[int], images: Any) -> EncodedPrompt:
+        return self._prompts.encode_prompt(prompt, image_list(images))
 
     def _request(
         self,
@@ -266,11 +292,13 @@ class Pipeline:
         config = one.get("generate_config")
         if ("prompt" in one) == ("messages" in one):
             raise UserError("batch: a request has either prompt or messages")
-        if "messages" in one:
-            encoded = self._prompts.encode_chat(one["messages"])
-        else:
-            encoded = self._encode(one["prompt"], one.get("urls"), one.get("images"))
-        return self._request(encoded, _merge(config, {}))
+        return self.prepare(
+            one.get("prompt"),
+            one.get("urls"),
+            one.get("images"),
+            messages=one.get("messages"),
+            generate_config=_merge(config, {}),
+        )
 
     def _run(self, make: Any) -> Iterator[GenerateResponse]:
         request = make()
@@ -298,6 +326,12 @@ class Pipeline:
 
 def _error(e: Exception) -> RtpLlmError:
     return e if isinstance(e, RtpLlmError) else InternalError(f"{type(e).__name__}: {e}")
+
+
+def one_of(urls: Any, images: Any) -> Any:
+    if urls is not None and images is not None:
+        raise UserError("urls and images are two names of one argument: give one of them")
+    return urls if images is None else images
 
 
 def _merge(config: Mapping[str, Any] | None, overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -23,9 +23,10 @@ from .sampling import Sampled, Sampler, log_softmax
 from .scheduler import Scheduler
 from .sequence import Batch, Row, Sequence
 from .step import Draw, Result, Step, build_step
-from .vision import EmbeddingCache
+from .vision import BATCH, ELSEWHERE, EmbeddingCache
 
 log = logging.getLogger(__name__)
+Encode = Callable[[np.ndarray], np.ndarray]
 NO_LOGITS = np.empty((0, 0), np.float32)
 NO_PIXELS = np.empty(0, np.uint8)  # in place of a picture's, which its encoding needs and nobody else
 
@@ -85,7 +86,7 @@ class _Job:
 
 class Engine:
     """`token_budget`: tokens of one step. `max_running`: sequences side by side. `step_ms`: about how long
-    running answers may wait for a chunk of somebody's prompt."""
+    running answers may wait for a chunk of somebody's prompt. `encode`: in place of the backend's."""
 
     def __init__(
         self,
@@ -95,15 +96,17 @@ class Engine:
         image_cache_bytes: int = 2**28,
         max_running: int | None = None,
         step_ms: float = 200,
+        encode: Encode | None = None,
     ):
         self.backend = backend
         self.model = model
         sizes = backend.slots, backend.slot_tokens, backend.budget_blocks
         self.cache = BlockCache(*sizes) if backend.paged else SlotCache(*sizes, cast(SlotMemory, backend))
         self.scheduler = Scheduler(self.cache, token_budget, max_running)
-        self.images = EmbeddingCache(image_cache_bytes)
+        self.images = EmbeddingCache(image_cache_bytes, ELSEWHERE if encode else BATCH)
         self.observer: Observer | None = None
         self.step_ms = step_ms
+        self.encode = encode or backend.encode
         self._jobs: dict[Sequence, _Job] = {}
         self._inbox: list[_Job] = []
         self._cancelled: list[Sequence] = []
@@ -123,7 +126,7 @@ class Engine:
         listener: Listener,
         images: Mapping[bytes, np.ndarray],
     ) -> None:
-        """`images`: key → uint8 [size, size, 3] of every image of the sequence."""
+        """`images`: of every image of the sequence, see EmbeddingCache.hold."""
         leader = sequence.leader
         sequence.keys = leader.keys if leader else block_keys(sequence)
         with self._wake:
@@ -297,7 +300,7 @@ class Engine:
         began = time.monotonic()
         rows: np.ndarray | BaseException
         try:
-            rows = self.backend.encode(pixels)
+            rows = self.encode(pixels)
         except BaseException as e:
             rows = e
         with self._wake:

@@ -172,7 +172,7 @@ def fetch_all(
     raises; of several images, the message says which.
     """
     sources = list(sources)
-    waiting = deque(dict.fromkeys(filter(_is_url, sources)))
+    waiting = deque(dict.fromkeys(filter(is_url, sources)))
     running: dict[str, Download] = {}
     done: dict[str, Any] = {}
     results = []
@@ -183,7 +183,7 @@ def fetch_all(
                     break
                 running[waiting.popleft()] = download
             try:
-                if not _is_url(source):
+                if not is_url(source):
                     results.append(_used(source, None, policy, use))
                     continue
                 if source not in done:
@@ -203,7 +203,18 @@ def fetch_all(
             download.close()
 
 
-def _is_url(source: Any) -> bool:
+def read(source: Any, policy: MediaPolicy) -> bytes:
+    """The bytes of a picture that need no network: a path, file:// URL, data: URI, bytes or a file object.
+
+    Raises ImageDownloadFailed, ImageInputTooLong, ImageDecodeError, ImageUnsupported.
+    """
+    data = _read(source, name := _short(source), policy)
+    if len(data) > policy.max_bytes:
+        raise _too_many_bytes(name, len(data), policy)
+    return data
+
+
+def is_url(source: Any) -> bool:
     return isinstance(source, str) and bool(re.match("https?://", source, re.IGNORECASE))
 
 

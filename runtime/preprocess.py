@@ -35,7 +35,7 @@ def preprocess(image: LoadedImage | Image.Image, spec: VisionSpec) -> np.ndarray
         raise ImageInputTooLong(
             f"{image.name} is {width}×{height}: the limit is {MAX_SIDE:,} pixels on a side"
         )
-    rgb = _rgb(image, spec.loading)
+    rgb = to_rgb(image, spec.loading)
     size, resize = spec.size, spec.resize or spec.size
     if spec.recipe == "square":
         rgb = rgb.resize((size, size), BICUBIC)
@@ -49,7 +49,7 @@ def preprocess(image: LoadedImage | Image.Image, spec: VisionSpec) -> np.ndarray
 
 
 def image_key(pixels: np.ndarray, spec: VisionSpec, salt: bytes = b"") -> bytes:
-    """32 bytes that depend on the final pixels and the recipe only, not on how the picture came.
+    """32 bytes that depend on the final pixels (or rows) and the recipe only, not on how the picture came.
 
     Callers of different salts (at most 64 bytes) get different keys, and so share nothing.
     """
@@ -57,7 +57,7 @@ def image_key(pixels: np.ndarray, spec: VisionSpec, salt: bytes = b"") -> bytes:
     return hashlib.blake2b(head + pixels.tobytes(), digest_size=32, key=salt).digest()
 
 
-def _rgb(loaded: LoadedImage, loading: str) -> Image.Image:
+def to_rgb(loaded: LoadedImage, loading: str) -> Image.Image:
     """The spec's loading policy: which EXIF, which alpha (VisionSpec's docstring)."""
     if loading not in ("pillow", "transformers"):
         raise BundleError(f"image loading {loading!r} is unknown: known are pillow, transformers")

@@ -109,9 +109,15 @@ class PromptEncoder:
             raise UserError(f"the prompt is {type(prompt).__name__}, expected a string or a list of ids")
         return self._from_ids(list(prompt), images)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> EncodedPrompt:
-        """OpenAI's message list. Raises EmptyPrompt, UserError naming the message that is wrong."""
-        turns = _turns(messages)
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], images: Sequence[Any] | None = None
+    ) -> EncodedPrompt:
+        """OpenAI's message list. Raises EmptyPrompt, UserError naming the message that is wrong.
+
+        images: those of the parts `{"type": "image"}` in order, which hold none themselves; raises
+        ImageWrongFormat unless the numbers agree.
+        """
+        turns = _turns(messages, images)
         if self._template is not None:
             return self._checked(self._rendered(turns))
         return self._checked(self._pieces(turns))
@@ -443,7 +449,7 @@ def _assigned(encoded: EncodedPrompt, images: Sequence[Any]) -> EncodedPrompt:
 # ----------------------------------------------------------------------------------------- messages
 
 
-def _turns(messages: Any) -> list[_Turn]:
+def _turns(messages: Any, images: Sequence[Any] | None) -> list[_Turn]:
     """Check OpenAI's message list. Raises UserError naming the message and the field."""
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Iterable):
         raise UserError(f"messages is {type(messages).__name__}, expected a list of messages")
@@ -468,7 +474,8 @@ def _turns(messages: Any) -> list[_Turn]:
         if isinstance(content, str):
             parts: list[str | _Image] = [content]
         elif isinstance(content, list | tuple):
-            parts = [_part(part, f"{where}.content[{j}]") for j, part in enumerate(content)]
+            places = images is not None
+            parts = [_part(part, f"{where}.content[{j}]", places) for j, part in enumerate(content)]
         else:
             raise UserError(f"{where}.content is {shown(content)}, expected a string or a list of parts")
         if role == "system" and any(isinstance(p, _Image) for p in parts):
@@ -476,10 +483,26 @@ def _turns(messages: Any) -> list[_Turn]:
         turns.append(_Turn(role, parts))
     if not any(part for turn in turns if turn.role != "system" for part in turn.parts):
         raise EmptyPrompt("messages hold no text and no image")
-    return turns
+    return turns if images is None else _filled(turns, images)
 
 
-def _part(part: Any, where: str) -> str | _Image:
+def _filled(turns: list[_Turn], images: Sequence[Any]) -> list[_Turn]:
+    """Give the parts that hold no image theirs. Raises ImageWrongFormat unless the numbers agree."""
+    open_parts = sum(image.source is None for turn in turns for image in turn.images)
+    if open_parts != len(images):
+        raise ImageWrongFormat(
+            f"the messages have {open_parts} image part{'s' * (open_parts != 1)} without an image, "
+            f"{len(images)} image{'s were' if len(images) != 1 else ' was'} given"
+        )
+    rest = iter(images)
+
+    def filled(part: str | _Image) -> str | _Image:
+        return _Image(next(rest)) if isinstance(part, _Image) and part.source is None else part
+
+    return [_Turn(turn.role, [filled(part) for part in turn.parts]) for turn in turns]
+
+
+def _part(part: Any, where: str, places: bool = False) -> str | _Image:
     if isinstance(part, str):
         return part
     kind = part.get("type") if isinstance(part, Mapping) else None
@@ -498,6 +521,8 @@ def _part(part: Any, where: str) -> str | _Image:
             source = part.get(key)
             if source is not None and not (isinstance(source, str | bytes) and not source):
                 return _Image(source)
+        if places:
+            return _Image(None)
         raise UserError(f"{where} has no image: give a PIL image, bytes, a path or a URL as 'image'")
     what = f"type {shown(kind)}" if isinstance(part, Mapping) else type(part).__name__
     raise UserError(f"{where} has {what}, expected a part of type text, image_url or image")

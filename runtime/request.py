@@ -20,6 +20,7 @@ from .preprocess import image_key, preprocess
 from .prompt import EncodedPrompt, expand
 from .sampling import Sampled, Sampler
 from .sequence import ImageSpan, SamplingParams, Sequence
+from .vision import Embedded
 
 if TYPE_CHECKING:
     from ..model_factory import Model
@@ -246,9 +247,10 @@ class Request:
                 raise GenerationTimeout(f"timeout_ms={limit} is over")
             return preprocess(image, bundle.vision)
 
-        pixels = fetch_all(encoded.sources, policy, prepared)
-        keys = [image_key(p, bundle.vision, salt) for p in pixels]
-        self.pixels = dict(zip(keys, pixels, strict=True))
+        embedded = [source.rows for source in encoded.sources if isinstance(source, Embedded)]
+        images = embedded or fetch_all(encoded.sources, policy, prepared)
+        keys = [image_key(image, bundle.vision, salt) for image in images]
+        self.pixels = dict(zip(keys, images, strict=True))
         lengths = [bundle.vision.tokens] * len(keys)
         ids, spans = expand(encoded, lengths, bundle.prompt.image.token_id)
         self.images = [

@@ -167,6 +167,12 @@ class SamplingParams:
                 )
 
 
+def answers_of(config: dict[str, Any]) -> int:
+    """How many answers each prompt is to have, at least 1; what is no number is refused later."""
+    asked = [v for k, v in config.items() if ALIASES.get(k, k) == "num_return_sequences"]
+    return max([1, *(int(v) for v in asked if isinstance(v, int | float))])
+
+
 _UNSUPPORTED: dict[str, Any] = {
     "num_beams": 1,
     "adapter_name": None,

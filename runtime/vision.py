@@ -4,10 +4,38 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from ..errors import ImageWrongFormat
+from ..export.bundle import VisionSpec
+
 BATCH = 4  # images: a larger one is no faster on a CPU, and holds up who came first
+ELSEWHERE = 32  # where others encode them, who spread them over what they have
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """In place of a picture: the rows that it becomes, float32 [tokens, hidden]."""
+
+    rows: np.ndarray
+
+
+def check_embeds(embeds: Any, vision: VisionSpec) -> None:
+    """Raises ImageWrongFormat unless they are as the vision graph gives them: finite float32
+    [N, tokens, hidden]."""
+    shape = f"[N, {vision.tokens}, {vision.hidden_size}]"
+    if not isinstance(embeds, np.ndarray) or embeds.dtype != np.float32:
+        found = f"an array of {embeds.dtype}" if isinstance(embeds, np.ndarray) else type(embeds).__name__
+        raise ImageWrongFormat(f"image_embeds is {found}, expected float32 {shape}")
+    if embeds.ndim != 3 or embeds.shape[1:] != (vision.tokens, vision.hidden_size):
+        raise ImageWrongFormat(f"image_embeds has shape {list(embeds.shape)}, expected {shape}")
+    if bad := [i for i, rows in enumerate(embeds, 1) if not np.isfinite(rows).all()]:
+        raise ImageWrongFormat(
+            f"image_embeds: image {bad[0]} of {len(embeds)} holds NaN or infinity, expected finite numbers"
+        )
 
 
 class EmbeddingCache(Mapping[bytes, np.ndarray]):
@@ -38,17 +66,21 @@ class EmbeddingCache(Mapping[bytes, np.ndarray]):
         return len(self._rows)
 
     def hold(self, images: Mapping[bytes, np.ndarray], counted: bool = True) -> None:
-        """A sequence needs these images (key → uint8 [size, size, 3]) until `drop`.
+        """A sequence needs these images until `drop`: key → pixels, uint8 [size, size, 3], or what they
+        become, float32 [tokens, hidden].
 
         Not `counted`: another answer to a request whose images were.
         """
-        for key, pixels in images.items():
+        for key, image in images.items():
             self._holders[key] = self._holders.get(key, 0) + 1
             self.asked += counted
             if key in self._rows:
                 self._rows.move_to_end(key)
+            elif image.ndim == 2:
+                self._keep(key, image)
+                self._shrink()
             elif key not in self._encoding and key not in self._pixels:
-                self._pixels[key] = pixels
+                self._pixels[key] = image
                 continue
             self.hits += counted
 
@@ -85,9 +117,12 @@ class EmbeddingCache(Mapping[bytes, np.ndarray]):
         """`rows`: float32 [N, tokens, hidden] of the batch."""
         self._encoding = []
         for key, one in zip(keys, rows, strict=True):
-            self._rows[key] = one.copy()  # a view would keep the whole batch alive
-            self.bytes += one.nbytes
+            self._keep(key, one.copy())  # a view would keep the whole batch alive
         self._shrink()
+
+    def _keep(self, key: bytes, rows: np.ndarray) -> None:
+        self._rows[key] = rows
+        self.bytes += rows.nbytes
 
     def fail(self) -> None:
         """The batch could not be encoded: forget it."""

@@ -6,6 +6,8 @@ import asyncio
 import base64
 import functools
 import io
+import queue
+import shutil
 import threading
 import time
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -16,9 +18,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rtp_llm.errors import GenerationTimeout, UserError
+from rtp_llm.errors import (
+    GenerationTimeout,
+    ImageWrongFormat,
+    UserError,
+    VisionFailed,
+    VisionGraphMissing,
+)
 from rtp_llm.model_factory import ModelConfig, ModelFactory, bundle_of
 from rtp_llm.pipeline import Pipeline
+from rtp_llm.runtime.media import MediaPolicy, fetch
+from rtp_llm.runtime.preprocess import preprocess
+from rtp_llm.runtime.request import Collector
 
 ROOT = Path(__file__).parents[1]
 QUESTION = "Picture 1:<img/>\nWhat is this?"
@@ -312,6 +323,117 @@ def test_timeout_ms_counts_the_time_that_pictures_take(pipeline, red_circle):
         config = {"timeout_ms": 50}
         pipeline.prepare(QUESTION, [red_circle], generate_config=config, arrived=time.monotonic() - 0.1)
     assert engine_is_empty(pipeline)
+
+
+# ------------------------------------------------------------------------------ encoded pictures
+
+
+def embeds_of(pipeline: Pipeline, *files: Path) -> np.ndarray:
+    vision = pipeline.model.bundle.vision
+    pixels = [preprocess(fetch(file, MediaPolicy()), vision) for file in files]
+    return pipeline.model.engine.backend.encode(np.stack(pixels))
+
+
+def answered(pipeline: Pipeline, **asked: Any) -> Any:
+    request = pipeline.prepare(generate_config=GREEDY | {"return_logits": True}, **asked)
+    events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    request.start(events.put)
+    collector = Collector(request)
+    while not collector.finished:
+        collector.add(events.get(timeout=60))
+    return collector.response()
+
+
+def images_encoded(pipeline: Pipeline) -> int:
+    stats = pipeline.model.engine.stats()
+    return stats.images - stats.image_hits
+
+
+def test_image_embeds_answer_as_the_pictures_they_come_from_to_the_bit_without_vision(pipeline, red_circle):
+    star = ROOT / "tests/images/blue_star.png"
+    prompt = "Picture 1:<img/>\nPicture 2:<img/>\nWhat is this?"
+    rows = embeds_of(pipeline, red_circle, star)
+    want = answered(pipeline, prompt=prompt, urls=[red_circle, star])
+    before = images_encoded(pipeline)
+    got = answered(pipeline, prompt=prompt, image_embeds=rows)
+    rows[:] = 0  # the request has its own
+    assert got.batch_response == want.batch_response and want.batch_response[0]
+    assert (got.generate_outputs[0].logits == want.generate_outputs[0].logits).all()
+    assert images_encoded(pipeline) == before and engine_is_empty(pipeline)
+
+
+def test_image_embeds_of_a_chat_stand_in_its_open_image_parts(pipeline, red_circle):
+    def messages(part: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": [part, {"type": "text", "text": "What is this?"}]}]
+
+    want = answered(pipeline, messages=messages({"type": "image", "image": red_circle}))
+    for given in ({"image_embeds": embeds_of(pipeline, red_circle)}, {"urls": [red_circle]}):
+        assert answered(pipeline, messages=messages({"type": "image"}), **given).batch_response == (
+            want.batch_response
+        )
+    with pytest.raises(ImageWrongFormat, match="1 image part without an image, 2 images were given"):
+        pipeline.prepare(messages=messages({"type": "image"}), urls=[red_circle, red_circle])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows[:0], "the prompt has 1 image tag, 0 images were given"),
+        (lambda rows: np.repeat(rows, 2, 0), "the prompt has 1 image tag, 2 images were given"),
+        (lambda rows: rows.tolist(), r"image_embeds is list, expected float32 \[N, 256, 128\]"),
+        (lambda rows: rows.astype(np.float16), "image_embeds is an array of float16, expected float32"),
+        (lambda rows: rows[0], r"has shape \[256, 128\], expected \[N, 256, 128\]"),
+        (lambda rows: rows[:, 1:], r"has shape \[1, 255, 128\]"),
+        (lambda rows: rows * np.inf, "image 1 of 1 holds NaN or infinity"),
+    ],
+)
+def test_image_embeds_that_are_wrong_are_told_in_one_line(pipeline, red_circle, change, message):
+    rows = embeds_of(pipeline, red_circle)
+    with pytest.raises(ImageWrongFormat, match=message) as e:
+        pipeline.prepare(QUESTION, image_embeds=change(rows))
+    assert "\n" not in str(e.value) and e.value.code == 902
+
+
+def test_image_embeds_are_all_the_pictures_of_a_request(pipeline, red_circle):
+    rows = embeds_of(pipeline, red_circle)
+    with pytest.raises(UserError, match="image_embeds take the place of pictures"):
+        pipeline.prepare(QUESTION, [red_circle], image_embeds=rows)
+    named = f"<img>{red_circle}</img>{QUESTION}"
+    with pytest.raises(ImageWrongFormat, match="take the place of all pictures, and the request names"):
+        pipeline.prepare(named, image_embeds=rows)
+
+
+def test_encoded_pictures_are_shared_between_callers_of_one_salt_alone(pipeline, red_circle):
+    rows = embeds_of(pipeline, red_circle)
+    keys = [set(pipeline.prepare(QUESTION, image_embeds=rows, salt=s).pixels) for s in (b"", b"", b"a")]
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_a_model_whose_pictures_are_encoded_elsewhere_opens_no_vision_graph(
+    pipeline, qwen_bundle, red_circle, tmp_path
+):
+    shutil.copytree(qwen_bundle, tmp_path / "b")
+    for file in (tmp_path / "b").glob("vision.*"):
+        file.write_bytes(bytes(file.stat().st_size))
+    asked: list[int] = []
+
+    def encode(pixels: np.ndarray) -> np.ndarray:
+        asked.append(len(pixels))
+        if len(asked) == 1:
+            raise VisionFailed("nobody there")
+        return pipeline.model.engine.backend.encode(pixels)
+
+    config = ModelConfig(encode=encode)
+    with Pipeline(ModelFactory.from_huggingface(tmp_path / "b", model_config=config)) as own:
+        with pytest.raises(VisionFailed, match="nobody there"):
+            text(own(QUESTION, red_circle, generate_config=GREEDY))
+        assert text(own("Hello", generate_config=GREEDY | {"ignore_eos": True}))
+        assert text(own(QUESTION, red_circle, generate_config=GREEDY)) == text(
+            pipeline(QUESTION, red_circle, generate_config=GREEDY)
+        )
+        with pytest.raises(VisionGraphMissing):
+            own.model.engine.backend.encode(np.zeros((1, 96, 96, 3), np.uint8))
+    assert asked == [1, 1]
 
 
 def test_encode_and_decode_are_inverse_for_text(pipeline):

@@ -8,11 +8,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ...errors import MissingDependency, UserError
+from ...errors import MissingDependency, UserError, VisionGraphMissing
 from ...export.bundle import Bundle
 from ..step import Result, Step
 
 DEVICES = r"cpu|cuda(:\d{1,2})?"  # names of them
+GRAPHS = ("decoder", "vision")
 
 
 class Backend(Protocol):
@@ -54,6 +55,7 @@ class Options:
     device: str | None = None
     trust_engines: bool = False
     weight_budget: int | None = None
+    graphs: tuple[str, ...] = GRAPHS  # that are opened: `encode` needs "vision", `step` the decoder
 
 
 def open_backend(bundle: Bundle, options: Options = Options()) -> Backend:
@@ -69,7 +71,8 @@ def open_backend(bundle: Bundle, options: Options = Options()) -> Backend:
     if o.weight_budget is not None and o.weight_budget < 0:
         raise UserError(f"weight_budget={o.weight_budget} must be 0 bytes or more; leave it out for all")
     sizes: dict[str, Any] = {
-        "slots": o.slots, "max_seq_len": o.max_seq_len, "kv_cache_bytes": o.kv_cache_bytes
+        "slots": o.slots, "max_seq_len": o.max_seq_len, "kv_cache_bytes": o.kv_cache_bytes,
+        "graphs": o.graphs,
     }  # fmt: skip
     device = device_of(bundle, o.device)
     if o.weight_budget is not None and (bundle.backend != "tensorrt" or device == "cpu"):
@@ -104,7 +107,7 @@ def open_backend(bundle: Bundle, options: Options = Options()) -> Backend:
         from ...trust import check
         from .torchscript import TorchScriptBackend
 
-        check(bundle, [graph.path for graph in bundle.graphs.values()], o.trust_engines)
+        check(bundle, [bundle.graphs[g].path for g in o.graphs if g in bundle.graphs], o.trust_engines)
         return TorchScriptBackend(bundle, **sizes)
     if device == "cpu":
         from .evaluator import EvaluatorBackend
@@ -118,6 +121,14 @@ def open_backend(bundle: Bundle, options: Options = Options()) -> Backend:
     from .tensorrt import TensorRTBackend
 
     return TensorRTBackend(bundle, **sizes)
+
+
+def check_vision(bundle: Bundle, graphs: tuple[str, ...]) -> None:
+    """Raises VisionGraphMissing unless the bundle has a vision graph, and `graphs` opens it."""
+    if "vision" not in bundle.graphs:
+        raise VisionGraphMissing(f"bundle {bundle.name} has no vision graph")
+    if "vision" not in graphs:
+        raise VisionGraphMissing(f"the vision graph of bundle {bundle.name} is left to somebody else here")
 
 
 def device_of(bundle: Bundle, device: str | None = None) -> str:

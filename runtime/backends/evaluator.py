@@ -24,11 +24,12 @@ class EvaluatorBackend(PagedBackend):
 
         from ...export.paged_attention.reference import operators
 
-        model = self.model()
-        self.wanted = [value.name for value in model.graph.input]
-        self.outputs = [value.name for value in model.graph.output]
-        self.decoder = ReferenceEvaluator(model, new_ops=operators())
-        if "vision" in self.bundle.graphs:
+        if "decoder" in self.graphs:
+            model = self.model()
+            self.wanted = [value.name for value in model.graph.input]
+            self.outputs = [value.name for value in model.graph.output]
+            self.decoder = ReferenceEvaluator(model, new_ops=operators())
+        if "vision" in self.graphs:
             self._vision = ReferenceEvaluator(str(self.bundle.read_path(self.bundle.graphs["vision"].path)))
 
     def model(self) -> Any:

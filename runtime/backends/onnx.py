@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...errors import BundleError, MissingDependency, UserError, VisionGraphMissing
+from ...errors import BundleError, MissingDependency, UserError
 from ...export.bundle import Bundle
 from ..kv_cache import BLOCK
 from ..step import Result, Step
+from . import GRAPHS, check_vision
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -59,8 +60,9 @@ class OnnxBackend:
         kv_cache_bytes: int | None = None,
         threads: int | None = None,
         deterministic: bool = False,
+        graphs: tuple[str, ...] = GRAPHS,
     ):
-        self.bundle = bundle
+        self.bundle, self.graphs = bundle, graphs
         model = bundle.model
         self.slots = slots
         length = max_seq_len or model.max_seq_len
@@ -81,7 +83,8 @@ class OnnxBackend:
         self._bound: dict[tuple[int, int], list[tuple[str, str, Any]]] = {}
         # weights that are not repacked have a kernel of their own for a lone row, as int4 has
         self._pairs = deterministic or self._stays_mapped("decoder")
-        self._open_decoder()
+        if "decoder" in graphs:
+            self._open_decoder()
 
     def _session(self, graph: str) -> ort.InferenceSession:
         ort = import_onnxruntime()
@@ -133,8 +136,7 @@ class OnnxBackend:
         return self._bound[low, high]
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
-        if "vision" not in self.bundle.graphs:
-            raise VisionGraphMissing(f"bundle {self.bundle.name} has no vision graph")
+        check_vision(self.bundle, self.graphs)
         with self._lock:
             if self._vision is None:  # a text-only user never pays for it
                 self._vision = self._session("vision")

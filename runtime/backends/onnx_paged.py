@@ -37,8 +37,8 @@ class OnnxPagedBackend(PagedBackend):
                 f"{ort.__version__} has none: pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
             )
         # the encoder first: it would open on a CPU too, and so tells that CUDA's provider cannot be loaded
-        self._vision = self._session("vision") if "vision" in self.bundle.graphs else None
-        self._decoder = self._session("decoder")
+        sessions = {graph: self._session(graph) for graph in sorted(self.graphs, reverse=True)}
+        self._decoder, self._vision = sessions.get("decoder"), sessions.get("vision")
         self._nothing = torch.empty(1, device=self.device)
         self._run = ort.RunOptions()
         # our stream is ONNX Runtime's too: nothing is to be waited for here

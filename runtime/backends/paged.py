@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import UserError, VisionGraphMissing
+from ...errors import UserError
 from ...export.bundle import Bundle
 from ...export.paged_attention import BLOCK_SIZE
 from ..kv_cache import blocks_for
 from ..step import Result, Step
+from . import GRAPHS, check_vision
 from .device_sampling import result
 
 SHARE = 0.85  # of a GPU's free memory that the cache takes: activations and graphs need the rest
@@ -46,8 +47,10 @@ class PagedBackend(ABC):
         max_seq_len: int | None = None,
         kv_cache_bytes: int | None = None,
         device: str = "cpu",
+        graphs: tuple[str, ...] = GRAPHS,
     ):
         self.bundle, self.slots = bundle, slots
+        self.graphs = tuple(graph for graph in graphs if graph in bundle.graphs)
         model, decoder = bundle.model, bundle.graphs["decoder"]
         length = max_seq_len or model.max_seq_len
         if not 0 < length <= model.max_seq_len:
@@ -85,7 +88,7 @@ class PagedBackend(ABC):
 
     @abstractmethod
     def load(self) -> None:
-        """Open the graphs, on `self.device`."""
+        """Open `self.graphs`, on `self.device`."""
 
     @abstractmethod
     def forward(self, inputs: dict[str, Tensor]) -> Tensor:
@@ -136,8 +139,7 @@ class PagedBackend(ABC):
         return torch.from_numpy(flat).view(self.dtype).view(shape)
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
-        if "vision" not in self.bundle.graphs:
-            raise VisionGraphMissing(f"bundle {self.bundle.name} has no vision graph")
+        check_vision(self.bundle, self.graphs)
         self._open()
         with self.alone, torch.inference_mode(), self._on(self._vision_stream):
             return self.forward_vision(torch.from_numpy(pixels).to(self.device)).float().cpu().numpy()

@@ -26,6 +26,7 @@ from ...errors import BundleError, InternalError, MissingDependency, UserError
 from ...export.bundle import Bundle, EngineSpec
 from ...trust import check
 from ..step import Picks, Result, Step
+from . import GRAPHS
 from .paged import PagedBackend, bucket
 
 PLUGIN = "1"  # version of the attention plugin in the plans that this code runs, as build/plugins.py
@@ -53,6 +54,7 @@ class TensorRTBackend(PagedBackend):
         device: str = "cuda",
         weight_budget: int | None = None,
         trusted: bool = False,
+        graphs: tuple[str, ...] = GRAPHS,
     ):
         if device.split(":")[0] not in self.devices:
             raise UserError(f"device={device!r}: a bundle for tensorrt runs on cuda")
@@ -73,22 +75,25 @@ class TensorRTBackend(PagedBackend):
         self.weight_budget = weight_budget
         self._captured = 0  # batch size of the CUDA graph whose context is wanted
         slots = min(slots, self.limits["max_batch_size"])
-        super().__init__(bundle, slots, max_seq_len or most, kv_cache_bytes, device)
-        self._fit_cache(kv_cache_bytes)
+        super().__init__(bundle, slots, max_seq_len or most, kv_cache_bytes, device, graphs)
+        if "decoder" in graphs:
+            self._fit_cache(kv_cache_bytes)
 
     def _fit_cache(self, kv_cache_bytes: int | None) -> None:
         self.budget_blocks = min(self.budget_blocks, self.limits["max_blocks"])
 
     def load(self) -> None:
         # each time, for they may have changed since
-        check(self.bundle, [spec.path for spec in self.bundle.engines.values()], self.trusted)
+        engines = self.bundle.engines.items()
+        check(self.bundle, [spec.path for key, spec in engines if key in self.graphs], self.trusted)
         trt = door.load()
         log = door.logger(trt)
-        self._decoder = Engine(trt, log, self._plan("decoder"), self.device, self.weight_budget)
-        outputs = [spec.name for spec in self.bundle.graphs["decoder"].outputs[1:]]
-        self._in_place = dict(zip(outputs, [spec.name for spec in self.caches], strict=True))
+        if "decoder" in self.graphs:
+            self._decoder = Engine(trt, log, self._plan("decoder"), self.device, self.weight_budget)
+            outputs = [spec.name for spec in self.bundle.graphs["decoder"].outputs[1:]]
+            self._in_place = dict(zip(outputs, [spec.name for spec in self.caches], strict=True))
         self._vision: Callable[[Tensor], Tensor] | None = None
-        if "vision" in self.bundle.engines:
+        if "vision" in self.graphs:
             path = self._plan("vision")
             self._vision = (
                 _torchscript(path, self.device) if path.suffix == ".pt" else self._encoder(trt, log, path)

@@ -20,9 +20,8 @@ class TorchScriptBackend(PagedBackend):
     _vision: Any = None
 
     def load(self) -> None:
-        self._decoder = self._read("decoder")
-        if "vision" in self.bundle.graphs:
-            self._vision = self._read("vision")
+        read = {graph: self._read(graph) for graph in self.graphs}
+        self._decoder, self._vision = read.get("decoder"), read.get("vision")
 
     def _read(self, graph: str) -> Any:
         path = self.bundle.read_path(self.bundle.graphs[graph].path)

@@ -92,6 +92,19 @@ def test_hits_are_the_images_that_cost_no_vision() -> None:
     assert (cache.asked, cache.hits) == (9, 5)
 
 
+def test_rows_are_kept_as_they_are_and_count_as_hits_within_the_budget() -> None:
+    cache = filled(2 * ROW, 2)
+    given = {b"rows": np.ones((4, 5), np.float32)}
+    cache.hold(given)
+    assert cache.ready(given) and cache.next_batch()[0] == []
+    assert cache[b"rows"] is given[b"rows"]
+    assert (cache.asked, cache.hits) == (3, 1)
+    assert list(cache) == [b"\x01", b"rows"] and cache.bytes == 2 * ROW
+    cache.drop(given)
+    cache.hold(given)
+    assert cache.bytes == 2 * ROW, "kept once"
+
+
 def test_who_has_waited_longest_is_encoded_first() -> None:
     cache = EmbeddingCache(10**6, batch=2)
     for i in (4, 1, 3, 1, 2):

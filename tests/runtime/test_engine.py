@@ -125,18 +125,21 @@ class Ask:
 
     def __init__(
         self, text: list[int], images: tuple[int, ...] = (), new: int = 5, eos: tuple[int, ...] = (),
-        stop_after: int | None = None, **config: Any,
+        stop_after: int | None = None, embedded: bool = False, **config: Any,
     ):  # fmt: skip
         tokens, spans = [], []
+        key = {i: bytes([i, 1] if embedded else [i]) for i in images}
         for i in images:
             tokens.append(1)
-            spans.append(ImageSpan(len(tokens), 4, bytes([i])))
+            spans.append(ImageSpan(len(tokens), 4, key[i]))
             tokens += [-200] * 4
         params = SamplingParams.from_config(config)
         tokens += text
         self.sequence = Sequence(tokens, len(tokens), params, new, frozenset(eos), spans)
         self.heard = Heard(stop_after)
-        self.images = {bytes([i]): IMAGES[bytes([i])] for i in images}
+        self.images = {key[i]: IMAGES[bytes([i])] for i in images}
+        if embedded:  # encoded already
+            self.images = {k: FakeBackend(MODEL).encode(p[None])[0] for k, p in self.images.items()}
         self.sampler = lambda: Sampler(VOCAB, 0, params.random_seed or 0)
         self.prompt = list(tokens)
 
@@ -157,7 +160,7 @@ class Ask:
             logits = np.zeros(VOCAB, np.float32)
             values = list(own.tokens)
             for span in s.images:
-                pixels = IMAGES[span.key].astype(int).sum() % 1000
+                pixels = IMAGES[span.key[:1]].astype(int).sum() % 1000
                 values[span.start : span.start + span.length] = [pixels] * span.length
             logits[FakeBackend.next_token(values, VOCAB)] = 10
             token = sampler(own, logits).token
@@ -236,6 +239,7 @@ def asks(draw: st.DrawFn) -> Ask:
         draw(st.integers(0, 8)),
         draw(st.sampled_from([(), (), tuple(range(10))])),
         draw(st.none() | st.integers(1, 6)),
+        draw(st.booleans()),
         **config,
     )
 
@@ -387,6 +391,20 @@ def test_the_same_image_of_many_requests_is_encoded_once(engine: Engine) -> None
         ask.wait()
         assert (ask.heard.tokens, ask.heard.reason) == ask.alone()
     assert sorted(backend_of(engine).encoded) == [21, 31]
+
+
+def test_an_encoder_elsewhere_is_asked_in_place_of_the_backend() -> None:
+    asked: list[int] = []
+
+    def encode(pixels: np.ndarray) -> np.ndarray:
+        asked.append(len(pixels))
+        return FakeBackend(MODEL).encode(pixels)
+
+    engine = Engine(Backend(), MODEL, encode=encode)
+    ask = Ask([3], (0, 1, 2), top_k=1).submit(engine).wait()
+    assert (ask.heard.tokens, ask.heard.reason) == ask.alone()
+    engine.stop()
+    assert sum(asked) == 3 and not backend_of(engine).encoded
 
 
 def test_a_failed_image_batch_hurts_only_its_own_requests() -> None:
@@ -673,7 +691,9 @@ def test_several_answers_share_one_prefill() -> None:
 def test_whoever_loses_its_place_answers_as_if_nothing_had_happened(mixes: bool) -> None:
     engine = by_hand(slots=4, slot_tokens=96, budget_blocks=8, mixes=mixes)
     config: dict[str, Any] = {"random_seed": 5, "temperature": 4.0}
-    everyone = [Ask([i, i + 1, 7], (i % 2,), new=60, **config).submit(engine) for i in range(4)]
+    everyone = [
+        Ask([i, i + 1, 7], (i % 2,), new=60, embedded=i > 1, **config).submit(engine) for i in range(4)
+    ]
     everyone += [Ask([i] * 20, new=30, top_k=1, calculate_loss=2).submit(engine) for i in range(2)]
     for _ in range(2000):
         if all(a.heard.ends for a in everyone):

@@ -296,6 +296,19 @@ def test_pictures_are_encoded_in_parts_of_the_engines_limit(
 
 
 @once
+@pytest.mark.parametrize("kv", ["paged", "linear"])
+def test_the_encoders_engine_is_opened_alone(
+    small: dict[str, Bundle], tensorrt: Any, reference: Pipeline, kv: str
+) -> None:
+    bundle = small[kv]
+    bundle.read_path(bundle.engines["decoder"].path).write_bytes(b"rubbish")
+    backend = KINDS[kv](bundle, device="cpu", graphs=("vision",))
+    pixels = np.zeros((1, 96, 96, 3), np.uint8)
+    want = reference.model.engine.backend.encode(pixels)
+    np.testing.assert_allclose(backend.encode(pixels), want, atol=1e-3)
+
+
+@once
 def test_streamed_weights_stay_within_their_budget(paged: Path, tensorrt: Any) -> None:
     bundle = build(paged, max_seq_len=400, weight_streaming=True)
     TensorRTBackend(bundle, device="cpu", weight_budget=1234)

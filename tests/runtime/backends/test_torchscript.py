@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 
-from rtp_llm.errors import BundleError, UserError  # noqa: E402
+from rtp_llm.errors import BundleError, UserError, VisionGraphMissing  # noqa: E402
 from rtp_llm.export import bundle as bundles  # noqa: E402
 from rtp_llm.export.bundle import Bundle  # noqa: E402
 from rtp_llm.export.exporter import export  # noqa: E402
+from rtp_llm.runtime.backends import Options, open_backend  # noqa: E402
 from rtp_llm.runtime.backends.onnx import OnnxBackend  # noqa: E402
 from rtp_llm.runtime.backends.torchscript import TorchScriptBackend  # noqa: E402
 
@@ -54,6 +57,23 @@ def test_a_stream_has_the_same_text_piece_by_piece(
             responses = pipeline(asked["prompt"], asked["urls"], generate_config=asked["generate_config"])
             streams.append([r.batch_response[0] for r in responses])
     assert streams[0] == streams[1] and len(streams[0]) > 1
+
+
+def test_one_graph_can_be_opened_alone_where_the_others_archive_is_rubbish(
+    both: tuple[Bundle, Bundle], tmp_path: Path
+) -> None:
+    script, _ = both
+    pixels = np.zeros((2, script.vision.size, script.vision.size, 3), np.uint8)
+    for graph, other in (("vision", "decoder"), ("decoder", "vision")):
+        shutil.copytree(script.path, tmp_path / graph)
+        (tmp_path / graph / f"{other}.pt").write_bytes(bytes(script.files[f"{other}.pt"].size))
+        half = dataclasses.replace(script, path=tmp_path / graph)
+        backend = open_backend(half, Options(device="cpu", graphs=(graph,)))
+        if graph == "vision":
+            assert (backend.encode(pixels) == TorchScriptBackend(script).encode(pixels)).all()
+        else:
+            with pytest.raises(VisionGraphMissing, match="left to somebody else"):
+                backend.encode(pixels)
 
 
 def test_an_archive_that_is_none_is_said_in_one_line(both: tuple[Bundle, Bundle], tmp_path: Path) -> None:
