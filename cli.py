@@ -1,4 +1,4 @@
-"""The command line: rtp-llm export | build | verify | inspect | chat | batch | serve | doctor;
+"""The command line: rtp-llm export | build | verify | inspect | chat | batch | serve | tritonserver | doctor;
 and what is coming.
 
 Nothing heavy is imported before a command runs. Exit codes: 0, 1 failed, 2 wrong use.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from . import __version__
 from .errors import NotSupportedYet, RtpLlmError, UserError
 from .runtime.server.settings import FIELDS, FLAGS, add_arguments
+from .runtime.tritonserver.options import add_flags, options_of
 
 if TYPE_CHECKING:
     from .export.bundle import Bundle
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from .runtime.batch import Tally
 
 COMING = {
-    "tritonserver": "run a bundle in Triton Inference Server",
     "bench": "time to first token, tokens per second, throughput under load",
 }
 VERDICT = {True: "ok", False: "FAILED", None: "not checked"}  # of a stage of verify
@@ -122,6 +123,12 @@ def parser() -> Parser:
     sub.add_argument("bundle", nargs="?", metavar="BUNDLE", help=f"{BUNDLE} (default: CHECKPOINT_PATH)")
     add_arguments(sub)
 
+    sub = command("tritonserver", "run a bundle in Triton Inference Server",
+                  "rtp-llm tritonserver demo-bundle --http-port 8000 -- --log-verbose=1\n\n"
+                  "what stands behind -- is for tritonserver itself")  # fmt: skip
+    sub.add_argument("bundle", nargs="?", metavar="BUNDLE", help=f"{BUNDLE} (default: CHECKPOINT_PATH)")
+    add_flags(sub)
+
     command("doctor", "what works on this machine, and how to mend what does not", "rtp-llm doctor", True)
     for name, text in COMING.items():
         sub = command(name, f"(coming) {text}", f"rtp-llm {name} demo-bundle")
@@ -169,8 +176,14 @@ def _build_options(sub: argparse._ActionsContainer) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     top = parser()
-    args, unknown = top.parse_known_args(argv)
-    optional = {"chat": "prompt", "serve": "bundle"}.get(args.command, "")
+    words = list(sys.argv[1:] if argv is None else argv)
+    after: list[str] = []  # of another program
+    if words[:1] == ["tritonserver"] and "--" in words:
+        cut = words.index("--")
+        words, after = words[:cut], words[cut + 1 :]
+    args, unknown = top.parse_known_args(words)
+    args.after = after
+    optional = {"chat": "prompt", "serve": "bundle", "tritonserver": "bundle"}.get(args.command, "")
     if optional and getattr(args, optional) is None and unknown and not unknown[0].startswith("-"):
         setattr(args, optional, unknown.pop(0))  # argparse takes no optional positional after an option
     try:
@@ -453,15 +466,56 @@ def _size(count: float) -> str:
 def _serve(args: argparse.Namespace) -> int:
     from .start_server import serve
 
-    for f in FIELDS:  # a flag took the BUNDLE behind it for its value
-        value = getattr(args, f.name)
-        if f.default is False and not args.bundle and value and value.lower() not in FLAGS:
-            args.bundle = value
-            setattr(args, f.name, "1")
+    _find_bundle(args)
     if args.bundle and args.checkpoint_path:
         raise UserError("BUNDLE and --checkpoint-path are two names of one thing: give one of them")
     args.checkpoint_path = args.bundle or args.checkpoint_path
     return serve(args, quiet=args.quiet)
+
+
+def _find_bundle(args: argparse.Namespace) -> None:
+    """A flag of a setting took the BUNDLE behind it for its value."""
+    for f in FIELDS:
+        value = getattr(args, f.name, None)
+        if f.default is False and not args.bundle and value and value.lower() not in FLAGS:
+            args.bundle = value
+            setattr(args, f.name, "1")
+
+
+def _tritonserver(args: argparse.Namespace) -> int:
+    from .export.bundle import is_bundle
+    from .model_factory import bundle_of
+    from .runtime.tritonserver import binary, command
+
+    if args.check:
+        if args.yes:
+            binary.find(fetch=True)
+        parts = binary.examine()
+        _table([(p.name, "ok" if p.there else "missing" if p.needed else "note", p.found) for p in parts])
+        for p in parts:
+            if p.fix:
+                print(f"\n{p.name}: {p.fix}")
+        return 0 if all(p.there or not p.needed for p in parts) else 1
+    _find_bundle(args)
+    options = options_of(args, args.after)
+    path = args.bundle or os.environ.get("CHECKPOINT_PATH")
+    if not path:
+        raise UserError("give a BUNDLE, or CHECKPOINT_PATH")
+    if not os.path.exists(path) and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
+        raise UserError(f"{path} does not exist: give a folder or a hub id (owner/name)")
+
+    def ask(question: str) -> bool:
+        if args.yes or not (sys.stdin.isatty() and sys.stderr.isatty()):
+            return bool(args.yes)
+        print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+    def open_bundle() -> Bundle:
+        return bundle_of(path, options.settings.model_config(), _progress(args))
+
+    # a bundle is looked at before Triton is; a checkpoint is exported when everything else is right
+    bundle = open_bundle() if is_bundle(path) else None
+    return command.run(options, lambda: bundle or open_bundle(), ask, args.quiet)
 
 
 def _doctor(args: argparse.Namespace) -> int:

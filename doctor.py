@@ -207,10 +207,11 @@ def _torch_tensorrt() -> Check:
 
 
 def _tritonserver() -> Check:
-    if path := shutil.which("tritonserver"):
-        return Check("tritonserver", OK, path)
-    return Check("tritonserver", NOTE, "not found (serving through it is not supported yet)",
-                 "run inside NVIDIA's Triton Inference Server container")  # fmt: skip
+    from .runtime.tritonserver import binary
+
+    parts = binary.examine()
+    missing = next((part for part in parts if not part.there), parts[0])
+    return Check("tritonserver", OK if missing.there else NOTE, missing.found, missing.fix)
 
 
 def _hub() -> Check:

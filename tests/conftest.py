@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from rtp_llm.errors import InternalError, MissingDependency
 from rtp_llm.export.bundle import Bundle
+from rtp_llm.runtime.tritonserver import binary
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -61,3 +63,15 @@ def qwen_bundle(sample_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def llava_bundle(sample_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The LLaVA sample as a float32 bundle; shared, so not to be changed."""
     return _export(sample_llava, tmp_path_factory.mktemp("bundles") / "llava").path
+
+
+@pytest.fixture(scope="session")
+def triton_binary() -> binary.Binary:
+    """The program, fetched once into the tests' cache; skipped where it cannot be had."""
+    cache = os.environ.get("RTP_LLM_TEST_CACHE") or Path(
+        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "rtp_llm", "tests"
+    )
+    try:
+        return binary.find(fetch=True, cache=Path(cache, "tritonserver"))
+    except (InternalError, MissingDependency) as e:
+        pytest.skip(f"no Triton Inference Server: {e}")

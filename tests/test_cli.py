@@ -19,7 +19,7 @@ from rtp_llm.runtime.batch import run
 from rtp_llm.runtime.request import AuxInfo, GenerateOutput, GenerateResponse
 from rtp_llm.talk import Talk
 
-COMMANDS = ["export", "build", "verify", "inspect", "chat", "batch", "doctor", *cli.COMING]
+COMMANDS = ["export", "build", "verify", "inspect", "chat", "batch", "tritonserver", "doctor", *cli.COMING]
 
 
 def _response(text: str, finished: bool = True) -> GenerateResponse:

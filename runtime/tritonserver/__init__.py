@@ -1,0 +1,1 @@
+"""Triton Inference Server: its program, its repository, and the models in it."""
