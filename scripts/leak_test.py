@@ -7,6 +7,8 @@ Caches are meant to fill up, so theirs are small here and full after the warm-up
 after every 20th request; its slope over the number of requests, with a 95 % confidence interval from the
 means of 40 equal stretches (neighbouring samples are not independent), must not exceed 1 KB a request.
 Threads, file descriptors, sockets and /dev/shm must be what they were. Exit code 1: a promise was broken.
+
+With --triton the requests go to a Triton server: the numbers are those of it and of its models' processes.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import serving
-from serving import CHAT, Server, ask, image_part, user
+from serving import CHAT, Server, Triton, ask, image_part, user
 
 SLOPE_LIMIT = 1024.0  # bytes a request
 STRETCHES = 40
@@ -100,12 +102,14 @@ async def _send(
 
         async def one() -> None:
             for number in numbers:
-                answer = await ask(http, CHAT, **case(number))
+                asked = case(number)
+                request = server.request(CHAT, asked.pop("body"))
+                answer = await ask(http, *request, **asked)
                 ended[answer.ended] += 1
                 if answer.ended == "failed":
                     failed.append(answer.detail)
                 if (done := ended.total()) % SAMPLE_EVERY == 0:
-                    samples.append((done, serving.memory(server.pid, "RssAnon", "VmSwap")))
+                    samples.append((done, server.memory("RssAnon", "VmSwap")))
 
         await asyncio.gather(*(one() for _ in range(clients)))
     return ended, samples, failed
@@ -113,7 +117,8 @@ async def _send(
 
 def run(path: str, flags: list[str], args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
     """The numbers, and the promises that were broken."""
-    with Server(path, *CACHES, *flags) as server:
+    kind = Triton if args.triton else Server
+    with kind(path, *CACHES, *flags) as server:
         asyncio.run(_send(server, 2 * args.clients, 10**9, args.warm_up))
         before = server.settled()
         began = time.monotonic()
@@ -165,6 +170,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=12_000)
     parser.add_argument("--warm-up", type=int, default=2_000, metavar="REQUESTS")
     parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--triton", action="store_true", help="a Triton server in place of the HTTP server")
     parser.add_argument("--json", action="store_true", help="the numbers as JSON in place of the table")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write a report")
     args, flags = parser.parse_known_args()
@@ -176,7 +182,8 @@ def main() -> int:
         print(f"broken: {line}", file=sys.stderr)
     if args.output:
         about = f"{args.requests:,} requests after {args.warm_up:,} to warm up (the script tells which)."
-        args.output.write_text(serving.report("Leaks", about, shown(numbers)))
+        title = "Leaks of Triton" if args.triton else "Leaks"
+        args.output.write_text(serving.report(title, about, shown(numbers)))
     return 1 if broken else 0
 
 

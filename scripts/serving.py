@@ -19,15 +19,18 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 from PIL import Image
 
 CHAT = "/v1/chat/completions"
 START_SECONDS = 900  # a checkpoint may have to be exported first
+OVERLOADED = "409_CONCURRENCY_LIMIT_ERROR"
 QUIET_SECONDS = 30  # for connections and requests to be gone
 
 
@@ -37,24 +40,26 @@ class Server:
     Raises RuntimeError with the end of its log when it does not come up.
     """
 
+    name = "HTTP server"
+    ready = "/health/ready"
+
     def __init__(self, path: str, *flags: str):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
-        self._command = [sys.executable, "-m", "rtp_llm.start_server", "--checkpoint-path", path]
+        self._command = ["-m", "rtp_llm.start_server", "--checkpoint-path", path]
         self._command += ["--host", "127.0.0.1", "--start-port", str(port), *flags]
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> Self:
         self._log = tempfile.TemporaryFile()
         # settings of the caller's shell must not reach it
         names = {"MODEL_TYPE", "API_KEY", "TOKENIZER_PATH", "FT_SERVER_TEST", "CONCURRENCY_LIMIT"}
         env = {name: value for name, value in os.environ.items() if name not in names}
-        self._process = subprocess.Popen(self._command, env=env, stdout=self._log, stderr=self._log)
+        command = [sys.executable, *self._command]
+        self._process = subprocess.Popen(command, env=env, stdout=self._log, stderr=self._log)
         until = time.monotonic() + START_SECONDS
         while self._process.poll() is None and time.monotonic() < until:
             with contextlib.suppress(OSError):
-                self.get("/health/ready")
+                self.get(self.ready)
                 return self
             time.sleep(0.05)
         self.__exit__()
@@ -77,6 +82,10 @@ class Server:
     def pid(self) -> int:
         return self._process.pid
 
+    def pids(self) -> list[int]:
+        """The processes that serve."""
+        return [self.pid]
+
     def get(self, path: str) -> bytes:
         with urllib.request.urlopen(self.url + path, timeout=30) as response:
             return response.read()
@@ -84,17 +93,33 @@ class Server:
     def json(self, path: str) -> dict[str, Any]:
         return json.loads(self.get(path))
 
+    def engine(self) -> dict[str, float]:
+        """The engine's numbers, by the names of metrics without `rtp_llm_`."""
+        return numbers(self.get("/metrics").decode())
+
+    def memory(self, *fields: str) -> int:
+        """Bytes: the sum of these lines of /proc/PID/status, of all processes."""
+        return sum(memory(pid, *fields) for pid in self.pids())
+
     def holds(self) -> dict[str, int]:
-        """What must not grow: kinds of things in the process, and requests and blocks in the engine."""
-        load, cache = self.json("/worker_status"), self.json("/cache_status")
+        """What must not grow: kinds of things in the processes, and requests and blocks in the engine."""
+        engine, shared = self.engine(), sum(map(self.owns, os.listdir("/dev/shm")))
+        found = Counter({"files in /dev/shm": shared})
+        for pid in self.pids():
+            found.update(process(pid))
+        running = engine["cache_blocks_running"]
         return {
-            **process(self.pid),
-            "running": load["running"],
-            "waiting": load["waiting"],
-            "blocks held": cache["running_blocks"],
+            **found,
+            "running": int(engine["sequences_running"]),
+            "waiting": int(engine["sequences_waiting"]),
+            "blocks held": int(running),
             # those of ended requests are kept, and given away when somebody needs them
-            "blocks free or retained": cache["free_blocks"] + cache["retained_blocks"],
+            "blocks free or retained": int(engine["cache_blocks"] - running),
         }
+
+    def owns(self, name: str) -> bool:
+        """Is a file in /dev/shm this server's? (The HTTP server has none: any that comes is suspicious.)"""
+        return not name.startswith("rtp_llm_")
 
     def settled(self, before: dict[str, int] | None = None) -> dict[str, int]:
         """`holds` once it is idle, and back at `before` if it ever is; at the latest after QUIET_SECONDS."""
@@ -105,6 +130,61 @@ class Server:
             if time.monotonic() > until or (idle and not (before and grown(before, now))):
                 return now
             time.sleep(0.1)
+
+    def request(self, path: str, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Path and body of what asks for `body`, which is of the HTTP server's endpoint `path`."""
+        return path, body
+
+
+class Triton(Server):
+    """`rtp-llm tritonserver`: requests go to `vlm` when they stream, else to `vlm_complete`, over HTTP."""
+
+    name = "Triton"
+    ready = "/v2/health/ready"
+
+    def __init__(self, path: str, *flags: str):
+        http, grpc, self._metrics = free_port(), free_port(), free_port()
+        self.url = f"http://127.0.0.1:{http}"
+        ports = ["--http-port", http, "--grpc-port", grpc, "--metrics-port", self._metrics]
+        self._command = ["-m", "rtp_llm.cli", "tritonserver", path, "--yes", *map(str, ports), *flags]
+
+    def pids(self) -> list[int]:
+        """The server and its models, without the command that waits for them."""
+        import psutil
+
+        return [child.pid for child in psutil.Process(self.pid).children(recursive=True)]
+
+    def owns(self, name: str) -> bool:
+        return name.startswith(f"rtp_llm_{self.pid}_")
+
+    def engine(self) -> dict[str, float]:
+        # Triton's copies are a quarter of a second old
+        time.sleep(0.5)
+        with urllib.request.urlopen(f"http://127.0.0.1:{self._metrics}/metrics", timeout=30) as response:
+            return numbers(response.read().decode())
+
+    def request(self, path: str, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        kept = ("messages", "prompt", "urls", "stream", "stream_options", "extra_configs")
+        config = {k: v for k, v in body.items() if k not in kept} | body.get("extra_configs", {})
+        asked: dict[str, Any] = {"sampling_parameters": json.dumps(config)}
+        if "messages" in body:
+            asked["messages"] = json.dumps(body["messages"])
+        else:
+            asked |= {"text_input": body["prompt"], "image_url": body["urls"]}
+        model = "vlm/generate_stream" if body.get("stream") else "vlm_complete/generate"
+        return f"/v2/models/{model}", asked
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def numbers(metrics: str) -> dict[str, float]:
+    """Our metrics in Prometheus' text, by their names without labels: the last of each name."""
+    pairs = (line.rsplit(" ", 1) for line in metrics.splitlines() if line.startswith("rtp_llm_"))
+    return {name.partition("{")[0].removeprefix("rtp_llm_"): float(value) for name, value in pairs}
 
 
 def grown(before: dict[str, int], after: dict[str, int]) -> list[str]:
@@ -128,7 +208,6 @@ def process(pid: int) -> dict[str, int]:
         "threads": len(list((folder / "task").iterdir())),
         "file descriptors": len(links),
         "sockets": sum(link.startswith("socket:") for link in links),
-        "files in /dev/shm": len(os.listdir("/dev/shm")),
     }
 
 
@@ -193,10 +272,16 @@ async def _ask(
             if response.status_code != 200:
                 await response.aread()
                 answer.detail = f"{response.status_code} {response.text[:200]}"
+            elif path.endswith("/generate_stream"):
+                await _read_triton(response, answer, began, abort_after)
             elif body.get("stream"):
                 await _read_stream(response, answer, began, abort_after)
             else:
                 _read_whole(json.loads(await response.aread()), answer)
+        if OVERLOADED in answer.detail:  # Triton has no 429
+            answer.retries, answer.detail = answer.retries + 1, ""
+            await asyncio.sleep(1)
+            continue
         answer.seconds = time.monotonic() - began
         return answer
 
@@ -244,13 +329,55 @@ async def _read_stream(
                     return
 
 
+async def _read_triton(
+    response: httpx.Response, answer: Answer, began: float, abort_after: int | None
+) -> None:
+    """Events of `vlm`, one answer; it is ok after a finish reason."""
+    pieces, last = 0, 0.0
+    answer.texts = [""]
+    if abort_after == 0:
+        answer.ended = "cancelled"
+        return
+    async for line in response.aiter_lines():
+        if not line:
+            continue
+        event = json.loads(line.removeprefix("data: "))
+        if answer.ended == "ok":
+            answer.ended, answer.detail = "failed", f"after the end: {line}"
+            return
+        if "error" in event:
+            answer.detail = str(event["error"])
+            return
+        if event["text_output"]:
+            now = time.monotonic()
+            answer.texts[0] += event["text_output"]
+            if answer.first is None:
+                answer.first = now - began
+            else:
+                answer.gaps.append(now - last)
+            last = now
+            pieces += 1
+            if pieces == abort_after:
+                answer.ended = "cancelled"
+                return
+        if event.get("usage"):
+            answer.tokens = json.loads(event["usage"])["completion_tokens"]
+            answer.reasons, answer.ended = [event["finish_reason"]], "ok"
+
+
 def _read_whole(body: dict[str, Any], answer: Answer) -> None:
-    if "choices" in body:
+    if "text_output" in body:  # Triton's; one answer is no list
+        texts, reasons = body["text_output"], body["finish_reason"]
+        answer.texts = [texts] if isinstance(texts, str) else texts
+        answer.reasons = [reasons] if isinstance(reasons, str) else reasons
+        answer.tokens = json.loads(body["usage"])["completion_tokens"]
+    elif "choices" in body:
         answer.texts = [choice["message"]["content"] for choice in body["choices"]]
         answer.reasons = [choice["finish_reason"] for choice in body["choices"]]
         answer.tokens = body["usage"]["completion_tokens"]
     else:
         answer.texts, answer.tokens = [body["response"]], body["aux_info"]["output_len"]
+        answer.reasons = [body["finish_reason"]]
     answer.ended = "ok"
 
 
@@ -300,7 +427,7 @@ def quantile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else float("nan")
 
 
-def table(rows: list[tuple[str, str]], *heads: str) -> str:
+def table(rows: Sequence[tuple[str, ...]], *heads: str) -> str:
     lines = ["| " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) - 1) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 

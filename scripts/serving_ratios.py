@@ -163,8 +163,8 @@ class Ratios:
 def _served(pipeline: Any) -> Iterator[str]:
     """The URL of a server on a thread of this process, which has the pipeline's model."""
     from rtp_llm.runtime.server import lifecycle
-    from rtp_llm.runtime.server.service import Service
     from rtp_llm.runtime.server.settings import Settings
+    from rtp_llm.runtime.service import Service
 
     settings = Settings(start_port=0)
     server, listener = lifecycle.Server(Service(settings)), lifecycle.listen(settings)

@@ -18,4 +18,9 @@ fi
 bin=.venv/bin
 $bin/ruff check .
 MYPYPATH=.types $bin/mypy -p rtp_llm
+if [ $# = 0 ]; then # what takes long, two at once; the others measure times, and have the machine to themselves
+  long=(tests/build tests/deploy tests/export tests/model_repository)
+  OMP_NUM_THREADS=1 $bin/python -m pytest -q --durations=10 -n 2 --dist loadfile "${long[@]}"
+  set -- "${long[@]/#/--ignore=}"
+fi
 $bin/python -m pytest -q --durations=10 "$@"

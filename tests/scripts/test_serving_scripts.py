@@ -51,6 +51,43 @@ def test_under_load_every_answer_is_the_one_given_alone_and_nothing_is_left_behi
     assert "time to first token, p50 and p95" in page and str(tmp_path) not in page
 
 
+@pytest.fixture
+def triton_cache(monkeypatch: pytest.MonkeyPatch, triton_binary: Any) -> None:
+    """The program is there for a command that is started."""
+    monkeypatch.setenv("RTP_LLM_CACHE", str(triton_binary.path.parents[4].parent))
+
+
+@pytest.mark.slow
+def test_triton_gets_the_same_load_and_is_measured_beside(
+    llava_bundle: Path, tmp_path: Path, triton_cache: None
+) -> None:
+    short = ["--clients", "8", "--seconds", "6", "--warm-up", "2", "--drawings", "20", "--new-tokens", "16"]
+    short += ["--concurrency-limit", "6", "--triton", "--output", str(tmp_path / "load.md")]
+    done = run("load_test.py", str(llava_bundle), *short, "--json")
+    numbers = json.loads(done.stdout)
+    # a run of seconds tells nothing of throughput
+    assert [line for line in numbers["broken"] if "throughput" not in line] == [], done.stderr
+    (triton,) = numbers["triton"]
+    assert triton["answers_equal"] == triton["requests_ok"] > 10
+    assert triton["requests_cancelled"] > 0 and triton["retries_after_429"] > 0
+    assert 0.3 < triton["of_the_http_server"] < 3
+    page = (tmp_path / "load.md").read_text()
+    assert "|  | HTTP server | Triton |" in page and "of the HTTP server's" in page
+
+
+@pytest.mark.slow
+def test_leaks_of_triton_are_those_of_all_its_processes(
+    llava_bundle: Path, tmp_path: Path, triton_cache: None
+) -> None:
+    short = ["--requests", "120", "--warm-up", "120", "--triton", "--output", str(tmp_path / "leaks.md")]
+    done = run("leak_test.py", str(llava_bundle), *short, "--json")
+    numbers = json.loads(done.stdout)
+    assert [line for line in numbers["broken"] if "memory grows" not in line] == [], done.stderr
+    assert numbers["ended"]["ok"] + numbers["ended"]["cancelled"] == 120
+    assert numbers["before"]["files in /dev/shm"] > 0, "the region that Python models share with the server"
+    assert "Leaks of Triton" in (tmp_path / "leaks.md").read_text()
+
+
 @pytest.mark.slow
 def test_the_ratios_are_measured(llava_bundle: Path, tmp_path: Path) -> None:
     short = ["--pairs", "1", "--streams", "2", "--new-tokens", "64"]
