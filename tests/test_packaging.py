@@ -8,16 +8,20 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
 import requests
 
+from rtp_llm.runtime.tritonserver.binary import Binary
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-NOT_PACKAGES = {"tests", "scripts", "benchmarks", "model_repository", "dist", "demo-bundle"}
+NOT_PACKAGES = {"tests", "scripts", "benchmarks", "dist", "demo-bundle"}
 
 
 def test_packages_list_is_complete() -> None:
@@ -26,6 +30,7 @@ def test_packages_list_is_complete() -> None:
         for f in ROOT.rglob("*.py")
         if not any(part.startswith(".") for part in f.relative_to(ROOT).parts)
         and f.relative_to(ROOT).parts[0] not in NOT_PACKAGES
+        and f.relative_to(ROOT).parts[0::2] != ("model_repository", "1")  # Triton's models are data
     }
     names = {".".join(["rtp_llm", *folder.parts]) for folder in folders}
     assert names == set(PROJECT["tool"]["setuptools"]["packages"])
@@ -100,9 +105,26 @@ def _run(command: list[str], cwd: Path, **env: str) -> subprocess.CompletedProce
 
 
 @pytest.mark.slow
+def test_the_wheel_and_the_sdist_hold_every_file_of_tritons_models(distributions: dict[str, Path]) -> None:
+    skip = {"__pycache__", "__init__.py"}
+    models = [f for f in (ROOT / "model_repository").rglob("*") if f.is_file() and not skip & set(f.parts)]
+    wanted = {f.relative_to(ROOT).as_posix() for f in models}
+    assert {"model_repository/vlm/config.pbtxt", "model_repository/vlm/1/model.py"} <= wanted
+    with zipfile.ZipFile(distributions["wheel"]) as wheel:
+        assert {f"rtp_llm/{name}" for name in wanted} <= set(wheel.namelist())
+    with tarfile.open(distributions["sdist"]) as sdist:
+        assert wanted <= {name.partition("/")[2] for name in sdist.getnames()}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
 def test_installed_outside_the_clone(
-    kind: str, distributions: dict[str, Path], tmp_path: Path, sample_qwen: Path, red_circle: Path
+    kind: str,
+    distributions: dict[str, Path],
+    tmp_path: Path,
+    sample_qwen: Path,
+    red_circle: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     _run([sys.executable, "-m", "venv", "--without-pip", "venv"], tmp_path)
     python = str(tmp_path / "venv/bin/python")
@@ -138,6 +160,8 @@ def test_installed_outside_the_clone(
     assert done.stdout.strip() == "a red circle"
     if kind == "wheel":
         _serves([program, "serve", "b", "--start-port", "0"], tmp_path, red_circle)
+        binary = request.getfixturevalue("triton_binary")
+        _serves_through_triton([program, "tritonserver", "b"], tmp_path, red_circle, binary)
 
 
 def _serves(command: list[str], cwd: Path, picture: Path) -> None:
@@ -158,6 +182,28 @@ def _serves(command: list[str], cwd: Path, picture: Path) -> None:
         finally:
             process.terminate()
         assert process.wait(30) == 0
+
+
+def _serves_through_triton(command: list[str], cwd: Path, picture: Path, binary: Binary) -> None:
+    """Triton finds the installed package's models, and the runtime in that environment."""
+    (cwd / "cache").mkdir()
+    (cwd / "cache" / "tritonserver").symlink_to(binary.backends.parent.parent)
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MYPYPATH")}
+    env["RTP_LLM_CACHE"] = str(cwd / "cache")
+    ports = [word for name in ("http", "grpc", "metrics") for word in (f"--{name}-port", "0")]
+    with subprocess.Popen([*command, *ports], cwd=cwd, env=env, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        try:
+            ready = re.compile(r"(?<=ready: )http://[\w.:]+")
+            url = next(m[0] for line in process.stderr if (m := ready.search(line)))
+            data = base64.b64encode(picture.read_bytes()).decode()
+            body = {"text_input": "Picture 1:<img/>\nWhat is this?", "image": data,
+                    "sampling_parameters": '{"top_k": 1, "max_new_tokens": 20}'}  # fmt: skip
+            answer = requests.post(f"{url}/v2/models/vlm_complete/generate", json=body, timeout=60).json()
+            assert answer["text_output"] == "a red circle"
+        finally:
+            process.terminate()
+        assert process.wait(60) == 0
 
 
 def test_help_is_quick() -> None:
