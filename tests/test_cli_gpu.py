@@ -181,7 +181,7 @@ def test_archives_of_another_machine_are_refused_until_trusted_or_made_here(
     monkeypatch.setenv("RTP_LLM_STATE", str(tmp_path / "another machine"))
     ask = ["chat", str(copy), "hi", "--max-new-tokens", "1", "-q"]
     line = fails(capsys, *ask)
-    assert "vision.pt was not built on this machine" in line and "--trust-engines" in line
+    assert "decoder.pt was not built on this machine" in line and "--trust-engines" in line
     assert cli.main([*ask, "--trust-engines"]) == 0
     export = ["export", "--checkpoint", str(sample_qwen), "--backend", "torchscript", "--precision", "fp32"]
     assert cli.main([*export, "--output", str(copy)]) == 0
