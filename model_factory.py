@@ -169,6 +169,8 @@ def bundle_of(
     Raises UserError for names that do not exist, and what `export` raises.
     """
     bundle = _bundle_of(path, config, progress)
+    if config.encode is None:
+        return bundle
     graphs = {name: graph for name, graph in bundle.graphs.items() if name in config.graphs}
     return dataclasses.replace(bundle, graphs=graphs)
 
