@@ -258,11 +258,9 @@ def qkv_attention(
         value, bias, logn, q_norm, k_norm, cos, sin, key_cache, value_cache, *step,
         num_heads, kv_num_heads, eps,
     )  # fmt: skip
-    partial, stats = paged.partial_attention(
-        query, key_cache, value_cache, *step, num_heads=num_heads, kv_num_heads=kv_num_heads, scale=scale,
-        local_window_size=local_window_size, splits=paged.SPLITS if len(query) <= 512 else 1,
-    )  # fmt: skip
-    return paged.combine(partial, stats, query)
+    return paged.attend(
+        query, key_cache, value_cache, *step, num_heads, kv_num_heads, scale, local_window_size
+    )
 
 
 def silu_mul(value: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -8,15 +8,12 @@ call, ten times what a norm of one token costs.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...errors import MissingDependency
 from ..attention import rotate
-from ..paged_attention import torch_op  # noqa: F401  (registers rtp_llm::paged_attention)
+from ..paged_attention.torch_op import on_cuda  # the module registers rtp_llm::paged_attention
 from ..quantize import token_scale
 
 SCHEMAS = {
@@ -111,20 +108,7 @@ def token_scaled(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x * scale).half(), scale
 
 
-def _cuda(name: str) -> Any:
-    def launch(*arguments: Any) -> Any:
-        try:
-            from . import kernels
-        except ImportError as error:
-            raise MissingDependency(
-                f"{name} on CUDA needs the Triton language: pip install triton"
-            ) from error
-        return getattr(kernels, name)(*arguments)
-
-    return launch
-
-
 for _name, _schema in SCHEMAS.items():
     if not hasattr(torch.ops.rtp_llm, _name):  # once a process, however often this runs
         torch.library.define(f"rtp_llm::{_name}", _schema)
-        torch.library.impl(f"rtp_llm::{_name}", "CUDA", _cuda(_name))
+        torch.library.impl(f"rtp_llm::{_name}", "CUDA", on_cuda(__package__, _name, _name))

@@ -423,6 +423,30 @@ def combine(partial: Tensor, stats: Tensor, query: Tensor) -> Tensor:
     return output
 
 
+def attend(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    cumulative_sequence_length: Tensor,
+    past_seqlens: Tensor,
+    block_table: Tensor,
+    num_heads: int,
+    kv_num_heads: int,
+    scale: float,
+    local_window_size: int = -1,
+) -> Tensor:
+    """→ output [T, heads · D], over caches that hold the step's own tokens already.
+
+    A step of many tokens fills the chip without splits, and 8 float32 partials of it would be large.
+    """
+    partial, stats = partial_attention(
+        query, key_cache, value_cache, cumulative_sequence_length, past_seqlens, block_table,
+        num_heads=num_heads, kv_num_heads=kv_num_heads, scale=scale, local_window_size=local_window_size,
+        splits=SPLITS if len(query) <= 512 else 1,
+    )  # fmt: skip
+    return combine(partial, stats, query)
+
+
 def paged_attention(
     query: Tensor,
     key: Tensor,
@@ -432,23 +456,15 @@ def paged_attention(
     cumulative_sequence_length: Tensor,
     past_seqlens: Tensor,
     block_table: Tensor,
-    *,
     num_heads: int,
     kv_num_heads: int,
     scale: float,
     local_window_size: int = -1,
 ) -> Tensor:
-    """→ output [T, heads · D]; the caches are updated in place.
-
-    A step of many tokens fills the chip without splits, and 8 float32 partials of it would be large.
-    """
+    """→ output [T, heads · D]; the caches are updated in place."""
     step = cumulative_sequence_length, past_seqlens, block_table
     cache_write(key, value, key_cache, value_cache, *step)
-    partial, stats = partial_attention(
-        query, key_cache, value_cache, *step, num_heads=num_heads, kv_num_heads=kv_num_heads, scale=scale,
-        local_window_size=local_window_size, splits=SPLITS if len(query) <= 512 else 1,
-    )  # fmt: skip
-    return combine(partial, stats, query)
+    return attend(query, key_cache, value_cache, *step, num_heads, kv_num_heads, scale, local_window_size)
 
 
 def bytes_moved(

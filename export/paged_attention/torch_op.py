@@ -6,6 +6,10 @@ A graph that was traced, saved and loaded again calls it by name, so whoever loa
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -128,30 +132,19 @@ def _attend(
     return out.transpose(1, 2).where(mask.any(-1)[..., None, None], 0)
 
 
-def _cuda(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    cumulative_sequence_length: Tensor,
-    past_seqlens: Tensor,
-    block_table: Tensor,
-    num_heads: int,
-    kv_num_heads: int,
-    scale: float,
-    local_window_size: int,
-) -> Tensor:
-    try:
-        from . import kernels
-    except ImportError as error:
-        raise MissingDependency(
-            "paged attention on CUDA needs the Triton language: pip install triton"
-        ) from error
-    return kernels.paged_attention(
-        query, key, value, key_cache, value_cache, cumulative_sequence_length, past_seqlens, block_table,
-        num_heads=num_heads, kv_num_heads=kv_num_heads, scale=scale, local_window_size=local_window_size,
-    )  # fmt: skip
+def on_cuda(package: str, kernel: str, name: str) -> Callable[..., Any]:
+    """An op's CUDA implementation: `kernel` of `package`.kernels. `name`: how an error calls it."""
+
+    def launch(*arguments: Any, **attributes: Any) -> Any:
+        try:
+            kernels = import_module(f"{package}.kernels")
+        except ImportError as error:
+            raise MissingDependency(
+                f"{name} on CUDA needs the Triton language: pip install triton"
+            ) from error
+        return getattr(kernels, kernel)(*arguments, **attributes)
+
+    return launch
 
 
 def _fake(query: Tensor, *_: object) -> Tensor:
@@ -161,5 +154,5 @@ def _fake(query: Tensor, *_: object) -> Tensor:
 if not hasattr(torch.ops.rtp_llm, "paged_attention"):  # once a process, however often this runs
     torch.library.define(NAME, SCHEMA)
     torch.library.impl(NAME, "CPU", _cpu)
-    torch.library.impl(NAME, "CUDA", _cuda)
+    torch.library.impl(NAME, "CUDA", on_cuda(__package__, "paged_attention", "paged attention"))
     torch.library.register_fake(NAME, _fake)

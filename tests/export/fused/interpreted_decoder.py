@@ -14,6 +14,7 @@ from rtp_llm.export import torchscript
 from rtp_llm.export.attention import specs
 from rtp_llm.export.decoder import Decoder, DecoderConfig
 from rtp_llm.export.fused import torch_op
+from rtp_llm.export.paged_attention.torch_op import on_cuda
 from rtp_llm.export.quantize import swap
 
 precision = sys.argv[1]
@@ -45,7 +46,7 @@ calls = 0
 
 
 def counted(name: str):
-    launch = torch_op._cuda(name)
+    launch = on_cuda(torch_op.__package__, name, name)
 
     def call(*arguments):
         global calls

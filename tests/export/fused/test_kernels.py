@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,24 +18,12 @@ from rtp_llm.export.fused import kernels, reference
 from rtp_llm.export.paged_attention.reference import cache_write
 
 from ..paged_attention.cases import TYPES, Case, cases
-from ..paged_attention.test_kernels import TARGETS, Interpreter
+from ..paged_attention.test_kernels import TARGETS, interpreted, stop_interpreter  # noqa: F401
 from .cases import EPS, Attention, Norm, attentions, kinds, norms, tokens
 
 FEW = settings(derandomize=True, deadline=None, max_examples=12)
 # relative: half of the last place; of bfloat16 the whole, as the interpreter cuts where a GPU rounds
 UNIT = {"float32": 2e-6, "float16": 2.0**-11, "bfloat16": 2.0**-7}
-
-interpreted = Interpreter()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def stop_interpreter() -> Iterator[None]:
-    yield
-    if interpreted.process:
-        interpreted.process.stdin.close()
-        interpreted.process.wait(30)
-        interpreted.process = None
-
 
 def rounded(got: np.ndarray, want: np.ndarray, dtype: str) -> None:
     """`got` is `want` rounded once to `dtype`, but for float32's own error."""

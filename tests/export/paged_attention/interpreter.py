@@ -35,6 +35,7 @@ def bfloat16_dot(builder: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
 
 
 interpreter.InterpreterBuilder.create_dot = bfloat16_dot
+STEP = torch_op.on_cuda(torch_op.__package__, "paged_attention", "paged attention")
 
 
 def call(name: str, arrays: list[np.ndarray | None], attributes: dict[str, Any], before: int) -> Any:
@@ -45,7 +46,7 @@ def call(name: str, arrays: list[np.ndarray | None], attributes: dict[str, Any],
                 tensors[i] = torch.empty((before + len(x), *x.shape[1:]), dtype=x.dtype)
                 tensors[i][before:] = x
         tensors[-1] = torch.where(tensors[-1] >= 0, tensors[-1] + before, -1)
-    launcher = torch_op._cuda if name == "step" else getattr(fused, name, None) or getattr(kernels, name)
+    launcher = STEP if name == "step" else getattr(fused, name, None) or getattr(kernels, name)
     results = launcher(*tensors, **attributes)
     results = results if isinstance(results, tuple) else (results,)
     return [
