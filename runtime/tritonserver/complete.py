@@ -14,7 +14,7 @@ from ..service import pool
 from ..strict_json import dumps
 from . import codes
 from .cancellation import Sender, Watch
-from .tensors import OUTPUTS, parameters_of, sampling_parameters, settings_of
+from .tensors import OUTPUTS, failure, loading, parameters_of, sampling_parameters, settings_of
 
 REFUSED = 8  # threads beyond the limit, for requests that vlm refuses
 
@@ -23,10 +23,8 @@ class VlmComplete:
     """The methods that the Python backend calls."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        try:
+        with loading():
             settings, _ = settings_of(args["model_config"])
-        except RtpLlmError as e:
-            raise pb.TritonModelException(codes.message_of(e)) from e
         logs.setup(settings.json_logs)
         self._pool = pool(settings.concurrency_limit + REFUSED, "complete")
         self._watch = Watch()
@@ -43,9 +41,9 @@ class VlmComplete:
         try:
             response = self._answer(request, sender)
         except RtpLlmError as e:
-            response = _failed(codes.message_of(e))
+            response = failure(codes.message_of(e))
         except Exception as e:  # pb raises its own kinds
-            response = _failed(f"500_UNKNOWN_ERROR: vlm: {e}")
+            response = failure(f"500_UNKNOWN_ERROR: vlm: {e}")
         sender.finish(response)
 
     def _answer(self, request: Any, sender: Sender) -> Any:
@@ -73,17 +71,12 @@ class VlmComplete:
                 pass
 
         if sender.is_cancelled():
-            return _failed(codes.CANCELLED)
+            return failure(codes.CANCELLED)
         self._watch.begin(sender, gone)
         try:
             responses = [r for r in whole.exec(decoupled=True) if r.has_error() or r.output_tensors()]
         finally:
             self._watch.end(sender)
         if responses[-1].has_error():
-            return _failed(responses[-1].error().message())
+            return failure(responses[-1].error().message())
         return pb.InferenceResponse(responses[-1].output_tensors())
-
-
-def _failed(message: str) -> Any:
-    code = getattr(pb.TritonError, codes.code_of(message))
-    return pb.InferenceResponse(error=pb.TritonError(message, code))

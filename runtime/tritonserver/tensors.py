@@ -8,19 +8,29 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb
 
-from ...errors import BadField, ImageInputTooLong, ImageWrongFormat, PromptTooLong, UserError, shown
+from ...errors import (
+    BadField,
+    ImageInputTooLong,
+    ImageWrongFormat,
+    PromptTooLong,
+    RtpLlmError,
+    UserError,
+    shown,
+)
 from ...export.bundle import Bundle
 from ..request import GenerateResponse
 from ..server.settings import FIELDS, Settings, from_args
 from ..service import check_parts, returned, usage_of
 from ..strict_json import MAX_ITEMS, Piece, dumps, loads
+from . import codes
 
 OUTPUTS = ("text_output", "token_ids", "finish_reason", "usage", "details")
 MAGIC = re.compile(rb"\x89PNG|\xff\xd8|GIF8|RIFF....WEBP", re.DOTALL)  # of media.WEB_FORMATS
@@ -248,3 +258,18 @@ def answer(
     if usage or details:
         arrays["details"] = np.array([details], object)
     return pb.InferenceResponse([pb.Tensor(*pair) for pair in arrays.items()])
+
+
+def failure(message: str) -> Any:
+    """An InferenceResponse: an error, its code by its message (codes.py)."""
+    code = getattr(pb.TritonError, codes.code_of(message))
+    return pb.InferenceResponse(error=pb.TritonError(message, code))
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Our errors as Triton shows them of a model that does not load."""
+    try:
+        yield
+    except RtpLlmError as e:
+        raise pb.TritonModelException(codes.message_of(e)) from e

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -24,10 +23,10 @@ from ..preprocess import preprocess
 from ..server import logs
 from ..server.settings import Settings
 from . import codes
-from .tensors import image_source, settings_of
+from .cancellation import Sender
+from .tensors import failure, image_source, loading, settings_of
 
 log = logging.getLogger(__name__)
-FINAL = pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 THREADS = 8  # that decode; more wait in Triton's queue
 
 
@@ -46,21 +45,21 @@ class Preprocess:
         for request in requests:
             images = list(pb.get_input_tensor_by_name(request, "image").as_numpy().flat)
             self._room.acquire()
-            self._pool.submit(self._answer, images, request.get_response_sender())
+            self._pool.submit(self._answer, images, Sender(request))
 
     def finalize(self) -> None:
         self._pool.shutdown()
 
-    def _answer(self, images: list[bytes], sender: Any) -> None:
-        response = _failed(codes.CANCELLED)
+    def _answer(self, images: list[bytes], sender: Sender) -> None:
+        response = failure(codes.CANCELLED)
         try:
             if not sender.is_cancelled():
                 response = self._pixels(images)
         except BaseException as e:
-            response = _failed(_message(e))
+            response = failure(_message(e))
         finally:
             self._room.release()
-            sender.send(response, flags=FINAL)
+            sender.finish(response)
 
     def _pixels(self, images: list[bytes]) -> Any:
         sources = [image_source(data) for data in images]
@@ -82,7 +81,8 @@ class Tower:
             settings.model_config().options,
             graphs=("vision",), threads=threads if bundle.model.attention == "gqa" else None,
         )  # fmt: skip
-        self._backend = _told(lambda: open_backend(bundle, options))
+        with loading():
+            self._backend = open_backend(bundle, options)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One run for all of them."""
@@ -91,7 +91,7 @@ class Tower:
             rows = self._backend.encode(np.concatenate(pixels))
         except BaseException as e:
             error = e if isinstance(e, RtpLlmError) else VisionFailed(f"vision graph: {e}")
-            return [_failed(_message(error)) for _ in requests]
+            return [failure(_message(error)) for _ in requests]
         cuts = np.cumsum([len(one) for one in pixels])[:-1]
         return [pb.InferenceResponse([pb.Tensor("image_embeds", part)]) for part in np.split(rows, cuts)]
 
@@ -100,21 +100,11 @@ class Tower:
 
 
 def _opened(args: dict[str, str]) -> tuple[Settings, Bundle]:
-    def both() -> tuple[Settings, Bundle]:
+    with loading():
         settings, parameters = settings_of(args["model_config"])
-        return settings, read_bundle(parameters["bundle"])
-
-    settings, bundle = _told(both)
+        bundle = read_bundle(parameters["bundle"])
     logs.setup(settings.json_logs)
     return settings, bundle
-
-
-def _told(work: Callable[[], Any]) -> Any:
-    """`work()`; its errors as Triton shows them of a model that does not load."""
-    try:
-        return work()
-    except RtpLlmError as e:
-        raise pb.TritonModelException(codes.message_of(e)) from e
 
 
 def _message(error: BaseException) -> str:
@@ -124,8 +114,3 @@ def _message(error: BaseException) -> str:
     log.error("a picture could not be encoded", exc_info=error)
     kind = type(error) if isinstance(error, RtpLlmError) else InternalError
     return codes.message_of(kind("internal error; the server's log has it"))
-
-
-def _failed(message: str) -> Any:
-    code = getattr(pb.TritonError, codes.code_of(message))
-    return pb.InferenceResponse(error=pb.TritonError(message, code))

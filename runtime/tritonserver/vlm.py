@@ -11,7 +11,6 @@ from contextlib import aclosing
 from typing import Any
 
 import numpy as np
-import triton_python_backend_utils as pb
 
 from ...errors import BadField, InternalError, RtpLlmError
 from ...export.bundle import read as read_bundle
@@ -28,7 +27,9 @@ from .tensors import (
     Deltas,
     answer,
     check_fingerprint,
+    failure,
     flag,
+    loading,
     parameters_of,
     read,
     settings_of,
@@ -43,15 +44,13 @@ class Vlm:
     """The methods that the Python backend calls."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        try:
+        with loading():
             settings, parameters = settings_of(args["model_config"])
             logs.setup(settings.json_logs)
             where = parameters["vision"]
             elsewhere = where != "in-process"
             encode = remote_encode(where, read_bundle(parameters["bundle"])) if elsewhere else None
             pipeline = open_pipeline(settings, encode)
-        except RtpLlmError as e:
-            raise pb.TritonModelException(codes.message_of(e)) from e
         self._name = args["model_name"]
         self._service = Service(settings)
         self._service.ready(pipeline)
@@ -89,11 +88,11 @@ class Vlm:
             if stop and not name:
                 raise BadField("stop", "stop ends the request of the same request id, and this has none")
         except RtpLlmError as e:
-            sender.finish(_failed(codes.message_of(e)))
+            sender.finish(failure(codes.message_of(e)))
             return
         except Exception:  # out of memory
             log.exception("a request could not be read")
-            sender.finish(_failed(codes.message_of(InternalError("the request could not be read"))))
+            sender.finish(failure(codes.message_of(InternalError("the request could not be read"))))
             return
         finally:
             del request
@@ -119,10 +118,10 @@ class Vlm:
             final = await self._answer(call, asked, sender)
         except asyncio.CancelledError as e:
             call.error, status = e, CLIENT_GONE
-            final = _failed(codes.CANCELLED)
+            final = failure(codes.CANCELLED)
         except Exception as e:
             tell = told(e, call)
-            final, status = _failed(codes.message_of(tell)), tell.status
+            final, status = failure(codes.message_of(tell)), tell.status
         finally:
             self._watch.end(sender)
             self._running[name].discard(task)
@@ -164,8 +163,3 @@ class Vlm:
                 if asked.stream and deltas.news(response):
                     sender.send(deltas.response(response))
         return await service.text(lambda: deltas.response(response))
-
-
-def _failed(message: str) -> Any:
-    code = getattr(pb.TritonError, codes.code_of(message))
-    return pb.InferenceResponse(error=pb.TritonError(message, code))
