@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import http.client
 import threading
+import time
 import urllib.request
 from typing import Any
 
@@ -74,7 +75,6 @@ class RemoteEngine:
         self._url = f"http://{metrics}/metrics"
         self._longest = longest
         self._stats = self._read() or Stats()
-        self._stopped = threading.Event()
         threading.Thread(target=self._follow, name="triton-metrics", daemon=True).start()
 
     @property
@@ -85,11 +85,9 @@ class RemoteEngine:
         """As it was at most half a second ago."""
         return self._stats
 
-    def stop(self) -> None:
-        self._stopped.set()
-
     def _follow(self) -> None:
-        while not self._stopped.wait(SECONDS):
+        while True:
+            time.sleep(SECONDS)
             self._stats = self._read() or self._stats
 
     def _read(self) -> Stats | None:
