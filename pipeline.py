@@ -133,12 +133,8 @@ class Pipeline:
         (time.monotonic()). No further picture is decoded once `abandoned` says that nobody waits for it.
         Raises UserError and its kinds.
         """
-        if (prompt is None) == (messages is None):
-            raise UserError("give either prompt or messages")
-        images = one_of(urls, images)
+        images = pictures_of(prompt, urls, images, messages, image_embeds)
         if image_embeds is not None:
-            if images is not None:
-                raise UserError("image_embeds take the place of pictures: leave urls and images out")
             check_embeds(image_embeds, self.model.bundle.vision)
             images = list(range(len(image_embeds)))
         if messages is not None:
@@ -153,10 +149,7 @@ class Pipeline:
                 )
             # copies: who gave them may reuse the memory
             encoded.sources = [Embedded(image_embeds[i].copy()) for i in encoded.sources]
-        if max_images is not None and len(encoded.sources) > max_images:
-            raise ImageInputTooLong(
-                f"the request has {len(encoded.sources)} images, the limit is {max_images}"
-            )
+        check_count(encoded, max_images)
         return self._request(encoded, generate_config or {}, salt, arrived, abandoned)
 
     def render(self, messages: list[dict[str, Any]]) -> tuple[str, list[int]]:
@@ -328,10 +321,22 @@ def _error(e: Exception) -> RtpLlmError:
     return e if isinstance(e, RtpLlmError) else InternalError(f"{type(e).__name__}: {e}")
 
 
-def one_of(urls: Any, images: Any) -> Any:
+def pictures_of(prompt: Any, urls: Any, images: Any, messages: Any, image_embeds: Any) -> Any:
+    """Which of `prepare`'s arguments holds the pictures. Raises UserError for two that exclude each other."""
+    if (prompt is None) == (messages is None):
+        raise UserError("give either prompt or messages")
     if urls is not None and images is not None:
         raise UserError("urls and images are two names of one argument: give one of them")
-    return urls if images is None else images
+    given = urls if images is None else images
+    if image_embeds is not None and given is not None:
+        raise UserError("image_embeds take the place of pictures: leave urls and images out")
+    return given
+
+
+def check_count(encoded: EncodedPrompt, max_images: int | None) -> None:
+    """Raises ImageInputTooLong."""
+    if max_images is not None and len(encoded.sources) > max_images:
+        raise ImageInputTooLong(f"the request has {len(encoded.sources)} images, the limit is {max_images}")
 
 
 def _merge(config: Mapping[str, Any] | None, overrides: Mapping[str, Any]) -> dict[str, Any]:

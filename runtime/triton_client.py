@@ -21,7 +21,6 @@ from PIL import Image
 
 from ..errors import (
     GenerationTimeout,
-    ImageInputTooLong,
     ImageUnsupported,
     ImageWrongFormat,
     InternalError,
@@ -30,7 +29,7 @@ from ..errors import (
     RtpLlmError,
     UserError,
 )
-from ..pipeline import Pipeline, one_of
+from ..pipeline import Pipeline, check_count, pictures_of
 from .media import LoadedImage, MediaPolicy, is_url, read
 from .preprocess import to_rgb
 from .prompt import EncodedPrompt
@@ -103,14 +102,10 @@ class TritonPipeline(Pipeline):
 
         `image_embeds` need the bundle, and a server that takes them.
         """
-        if (prompt is None) == (messages is None):
-            raise UserError("give either prompt or messages")
+        images = pictures_of(prompt, urls, images, messages, image_embeds)
         if self._left:
             raise UserError("this Pipeline's `with` block was left: make a new Pipeline")
-        images = one_of(urls, images)
         if image_embeds is not None:
-            if images is not None:
-                raise UserError("image_embeds take the place of pictures: leave urls and images out")
             self._need_bundle()
             images = list(range(len(image_embeds)))
         sources = list(image_list(images))
@@ -122,10 +117,7 @@ class TritonPipeline(Pipeline):
             else:
                 assert prompt is not None
                 encoded = self._prompts.encode_prompt(prompt, sources)
-            if max_images is not None and len(encoded.sources) > max_images:
-                raise ImageInputTooLong(
-                    f"the request has {len(encoded.sources)} images, the limit is {max_images}"
-                )
+            check_count(encoded, max_images)
         config = {k: v for k, v in (generate_config or {}).items() if v is not None}
         params = SamplingParams.from_config(config, defaults)
         config.pop("return_incremental", None)  # the collector's matter
