@@ -232,11 +232,25 @@ class Answer:
     seconds: float = 0.0
     first: float | None = None
     gaps: list[float] = field(default_factory=list)
+    last: float = 0.0  # when its last piece came
     retries: int = 0  # after a 429
 
     @property
     def said(self) -> tuple[list[str], list[str], int]:
         return self.texts, self.reasons, self.tokens
+
+    def piece(self, text: str, began: float, abort_after: int | None) -> bool:
+        """More of a streamed text; whether that was the piece after which we leave."""
+        now = time.monotonic()
+        self.texts[0] += text
+        if self.first is None:
+            self.first = now - began
+        else:
+            self.gaps.append(now - self.last)
+        self.last = now
+        if 1 + len(self.gaps) == abort_after:
+            self.ended = "cancelled"
+        return self.ended == "cancelled"
 
 
 async def ask(
@@ -290,7 +304,6 @@ async def _read_stream(
     response: httpx.Response, answer: Answer, began: float, abort_after: int | None
 ) -> None:
     """OpenAI's events; the answer is ok after a finish reason and [DONE], and nothing behind it."""
-    pieces, last = 0, 0.0
     answer.texts = [""]
     done = False
     if abort_after == 0:
@@ -316,16 +329,7 @@ async def _read_stream(
             if choice["finish_reason"]:
                 answer.reasons.append(choice["finish_reason"])
             if choice["delta"].get("content"):
-                now = time.monotonic()
-                answer.texts[0] += choice["delta"]["content"]
-                if answer.first is None:
-                    answer.first = now - began
-                else:
-                    answer.gaps.append(now - last)
-                last = now
-                pieces += 1
-                if pieces == abort_after:
-                    answer.ended = "cancelled"
+                if answer.piece(choice["delta"]["content"], began, abort_after):
                     return
 
 
@@ -333,7 +337,6 @@ async def _read_triton(
     response: httpx.Response, answer: Answer, began: float, abort_after: int | None
 ) -> None:
     """Events of `vlm`, one answer; it is ok after a finish reason."""
-    pieces, last = 0, 0.0
     answer.texts = [""]
     if abort_after == 0:
         answer.ended = "cancelled"
@@ -349,16 +352,7 @@ async def _read_triton(
             answer.detail = str(event["error"])
             return
         if event["text_output"]:
-            now = time.monotonic()
-            answer.texts[0] += event["text_output"]
-            if answer.first is None:
-                answer.first = now - began
-            else:
-                answer.gaps.append(now - last)
-            last = now
-            pieces += 1
-            if pieces == abort_after:
-                answer.ended = "cancelled"
+            if answer.piece(event["text_output"], began, abort_after):
                 return
         if event.get("usage"):
             answer.tokens = json.loads(event["usage"])["completion_tokens"]

@@ -7,7 +7,6 @@ import base64
 import dataclasses
 import io
 import threading
-import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +22,8 @@ from rtp_llm.pipeline import Pipeline
 from rtp_llm.runtime.request import GenerateResponse
 from rtp_llm.runtime.triton_client import TritonPipeline
 from rtp_llm.runtime.tritonserver.launch import Tritonserver
+
+from .calls import until
 
 IMAGES = Path(__file__).parents[1] / "images"
 RED, STAR = IMAGES / "red_circle.png", IMAGES / "blue_star.png"
@@ -68,13 +69,6 @@ def running(server: Any) -> float:
     with urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=5) as page:
         lines = page.read().decode().splitlines()
     return sum(float(line.split()[-1]) for line in lines if line.startswith("rtp_llm_sequences_running"))
-
-
-def wait(condition: Any, seconds: float = 10) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(
@@ -214,9 +208,9 @@ def test_leaving_early_ends_the_request_at_the_server(serve, qwen_bundle, remote
     for _ in range(3):
         responses = remote("Hi", **LONG)
         next(responses)
-        wait(lambda: running(server))
+        until(lambda: running(server), 10)
         responses.close()
-        wait(lambda: not running(server), 1.5)
+        until(lambda: not running(server), 1.5)
     assert threading.active_count() == before
 
 
@@ -273,7 +267,7 @@ def test_a_deadline_ends_the_call(serve, qwen_bundle):
     with TritonPipeline(server.grpc, timeout=0.3) as pipeline:
         with pytest.raises(errors.GenerationTimeout, match="0.3 s"):
             last(pipeline("Hi", **LONG))
-    wait(lambda: not running(server), 1.5)
+    until(lambda: not running(server), 1.5)
 
 
 def test_stop_ends_running_calls_and_a_later_call_connects_again(serve, qwen_bundle):
@@ -306,7 +300,7 @@ def test_a_pipeline_outlives_a_restart_of_the_server(serve, qwen_bundle, triton_
             last(pipeline("Hi"))
         server.stop(0)
         with Tritonserver(server.repository, grpc_port=server.grpc_port, binary=triton_binary):
-            wait(lambda: _answers(pipeline), 2)
+            until(lambda: _answers(pipeline), 2)
             same(last(pipeline(WHAT, urls=[RED], top_k=1)), first)
 
 

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,8 @@ from rtp_llm.runtime.service import Service
 from rtp_llm.runtime.tritonserver.front import Front
 from rtp_llm.runtime.tritonserver.launch import free_ports
 
+from .calls import until
+
 IMAGES = Path(__file__).parents[1] / "images"
 LIMITS = {"max_images": 2, "allowed_local_media_path": os.fspath(IMAGES)}
 RED = os.fspath(IMAGES / "red_circle.png")
@@ -39,13 +40,6 @@ SCHEMA = {"type": "object", "properties": {"colour": {"enum": ["red", "blue"]}},
 JSON_SCHEMA = {"type": "json_schema", "json_schema": {"name": "shape", "schema": SCHEMA}}
 
 
-def wait(condition: Any, seconds: float = 20) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.02)
-
-
 @contextlib.contextmanager
 def on_a_thread(server: Server) -> Iterator[str]:
     """Its URL, from the moment that it is ready."""
@@ -54,7 +48,7 @@ def on_a_thread(server: Server) -> Iterator[str]:
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
     thread.start()
     try:
-        wait(lambda: server.started)
+        until(lambda: server.started)
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
@@ -193,10 +187,10 @@ def test_a_client_that_leaves_ends_its_request_at_triton(front):
         leave = threading.Event()
         thread = threading.Thread(target=_ask_and_leave, args=(front, path, asked, leave))
         thread.start()
-        wait(running)
+        until(running)
         leave.set()
         thread.join()
-        wait(lambda: not running(), 3)
+        until(lambda: not running(), 3)
 
 
 def _ask_and_leave(url: str, path: str, body: dict[str, Any], leave: threading.Event) -> None:
@@ -213,7 +207,7 @@ def test_load_and_caches_are_tritons(front):
     assert before["total_blocks"] > 0 and before["block_bytes"] > 0
     path, body = chat(image(DATA), WHAT)
     post(front, path, body)
-    wait(lambda: requests.get(front + "/cache_status", timeout=5).json()["images"] > before["images"], 3)
+    until(lambda: requests.get(front + "/cache_status", timeout=5).json()["images"] > before["images"], 3)
     metrics = requests.get(front + "/metrics", timeout=5).text
     found = {line.split()[0]: float(line.split()[1]) for line in metrics.splitlines() if line[0] != "#"}
     assert found["rtp_llm_cache_blocks"] == before["total_blocks"]
@@ -271,7 +265,7 @@ def alone(triton: Any, qwen_bundle: Path, triton_binary: Any) -> Iterator[Any]:
     process: Any = subprocess.Popen(list(map(str, command)), **pipes)
     try:
         pid, url = int(process.stdout.readline()), f"http://127.0.0.1:{port}"
-        wait(lambda: _ready(url))
+        until(lambda: _ready(url))
         yield process, pid, url
     finally:
         process.kill()
@@ -291,7 +285,7 @@ def test_a_signal_lets_running_answers_finish_and_ends_both_servers(alone):
     answers: list[requests.Response] = []
     thread = threading.Thread(target=lambda: answers.append(post(url, path, body)))
     thread.start()
-    wait(lambda: requests.get(url + "/worker_status", timeout=5).json()["running"])
+    until(lambda: requests.get(url + "/worker_status", timeout=5).json()["running"])
     process.send_signal(signal.SIGTERM)
     thread.join()
     assert answers[0].json()["choices"][0]["finish_reason"] == "length"
