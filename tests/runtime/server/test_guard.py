@@ -41,9 +41,9 @@ def alive(sock: socket.socket) -> bool:
 def talk(server: Any, sent: bytes) -> bytes:
     """Everything that the server says to these bytes until it hangs up."""
     with connect(server) as sock:
-        sock.sendall(sent)
         got = b""
-        with contextlib.suppress(ConnectionResetError):  # it hung up on what we still send
+        with contextlib.suppress(ConnectionResetError, BrokenPipeError):  # it hung up on what we still send
+            sock.sendall(sent)
             while piece := sock.recv(1 << 16):
                 got += piece
         return got
