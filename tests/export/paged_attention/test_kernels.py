@@ -87,7 +87,7 @@ def test_each_kernel_equals_the_reference_for_any_mixture_of_rows(case: Case, sp
 
 
 @pytest.mark.slow
-@settings(derandomize=True, deadline=None, max_examples=60)
+@settings(derandomize=True, deadline=None, max_examples=25)
 @given(cases((16, *HEADS), 150, dtypes=("float32", "float16", "bfloat16")), st.sampled_from([1, 2, 3, 8, 16]))
 def test_each_kernel_equals_the_reference_for_many_more_mixtures(case: Case, splits: int) -> None:
     check_parts(case, splits)
@@ -160,8 +160,10 @@ def test_every_head_size_and_type_stays_within_48_kib(head_dim: int, dtype: str)
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", TARGETS)
 def test_every_target_takes_every_head_size_and_group(capability: int) -> None:
-    for head_dim in (16, *HEADS):
-        for group in (1, 7, 32):
+    """All pairs on one target, the smallest and the largest on the others."""
+    every = capability == 90
+    for head_dim in (16, *HEADS) if every else (16, max(HEADS)):
+        for group in (1, 7, 32) if every else (1, 32):
             built("partial_attention", capability, head_dim=head_dim, heads=8 * group, window=512, splits=16)
 
 
