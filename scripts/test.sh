@@ -18,9 +18,9 @@ fi
 bin=.venv/bin
 $bin/ruff check .
 MYPYPATH=.types $bin/mypy -p rtp_llm
-if [ $# = 0 ]; then # what takes long, two at once; the others measure times, and have the machine to themselves
-  long=(tests/build tests/deploy tests/export tests/model_repository)
-  OMP_NUM_THREADS=1 $bin/python -m pytest -q --durations=10 -n 2 --dist loadfile "${long[@]}"
-  set -- "${long[@]/#/--ignore=}"
+if [ $# = 0 ]; then # two at once; those that measure times have the machine to themselves
+  alone=(tests/runtime/server tests/runtime/tritonserver tests/scripts)
+  OMP_NUM_THREADS=1 $bin/python -m pytest -q --durations=10 -n 2 --dist loadfile "${alone[@]/#/--ignore=}"
+  set -- "${alone[@]}"
 fi
 $bin/python -m pytest -q --durations=10 "$@"

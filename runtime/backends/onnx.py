@@ -80,7 +80,7 @@ class OnnxBackend:
         self._decoder: ort.InferenceSession | None = None
         self._vision: ort.InferenceSession | None = None
         self._caches: list[tuple[str, str, mmap.mmap | None, np.ndarray]] = []
-        self._bound: dict[tuple[int, int], list[tuple[str, str, Any]]] = {}
+        self._bound: dict[tuple[int, int], ort.IOBinding] = {}
         # weights that are not repacked have a kernel of their own for a lone row, as int4 has
         self._pairs = deterministic or self._stays_mapped("decoder")
         if "decoder" in graphs:
@@ -126,13 +126,19 @@ class OnnxBackend:
                     memory, array = _allocate(shape, self.dtype)
                     self._caches.append((f"past_{kind}.{i}", f"present_{kind}.{i}", memory, array))
 
-    def _bindings(self, low: int, high: int) -> list[tuple[str, str, Any]]:
-        """The slots from low to high of every cache as (input, output, value): [n, kv_heads, tokens, dim]."""
+    def _binding(self, low: int, high: int) -> ort.IOBinding:
+        """With the slots from low to high of every cache in place: [n, kv_heads, tokens, dim]."""
         if (low, high) not in self._bound:
             if len(self._bound) > 64:
                 self._bound.clear()
-            value = import_onnxruntime().OrtValue.ortvalue_from_numpy
-            self._bound[low, high] = [(past, new, value(a[low:high])) for past, new, _, a in self._caches]
+            self._open_decoder()
+            assert self._decoder is not None
+            binding = self._decoder.io_binding()
+            for past, present, _, array in self._caches:
+                value = import_onnxruntime().OrtValue.ortvalue_from_numpy(array[low:high])
+                binding.bind_ortvalue_input(past, value)
+                binding.bind_ortvalue_output(present, value)
+            self._bound[low, high] = binding
         return self._bound[low, high]
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
@@ -147,12 +153,10 @@ class OnnxBackend:
         return Result(np.concatenate(logits) if len(logits) > 1 else logits[0])
 
     def _run(self, step: Step) -> np.ndarray:
-        self._open_decoder()
-        assert self._decoder is not None
         wanted = len(step.logits_rows)
         if self._pairs:
             step = paired(step)
-        low, high = step.slots[0], step.slots[-1] + 1
+        binding = self._binding(step.slots[0], step.slots[-1] + 1)
         feeds = {
             "input_ids": step.input_ids,
             "image_embeds": step.image_embeds,
@@ -161,16 +165,15 @@ class OnnxBackend:
             "rope_rows": step.rope_rows,
             **pad(step, self.slot_tokens),
         }
-        binding = self._decoder.io_binding()
         for spec in self.bundle.graphs["decoder"].inputs:
             if spec.name in feeds:
                 binding.bind_cpu_input(spec.name, feeds[spec.name])
-        for past, present, value in self._bindings(low, high):
-            binding.bind_ortvalue_input(past, value)
-            binding.bind_ortvalue_output(present, value)
-        binding.bind_output("logits", "cpu")
+        logits = np.empty((len(step.logits_rows), self.bundle.model.vocab_size), np.float32)
+        value = import_onnxruntime().OrtValue.ortvalue_from_numpy(logits)
+        binding.bind_ortvalue_output("logits", value)
+        assert self._decoder is not None
         self._decoder.run_with_iobinding(binding)
-        return binding.get_outputs()[-1].numpy()[:wanted]  # in the order of binding: logits last
+        return logits[:wanted]
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         for *_, array in self._caches:
