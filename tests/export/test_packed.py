@@ -4,6 +4,7 @@ target has them, and else dequantised. Their tensors are packed here, by the for
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +18,20 @@ import torch
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 
-from rtp_llm.export.checkpoint import Checkpoint
+from rtp_llm.errors import CheckpointError, NotSupportedYet
+from rtp_llm.export.attention import Eager
+from rtp_llm.export.checkpoint import Checkpoint, Weight
+from rtp_llm.export.decoder import Decoder
+from rtp_llm.export.exporter import Progress, export
 from rtp_llm.export.families import FAMILIES, Options, Plan
 from rtp_llm.export.graph import GraphPlan, Writer
+from rtp_llm.export.packed import spans
+from rtp_llm.export.qdq import Range, static_ranges
+from rtp_llm.export.quantize import dequantize, quantize
 from rtp_llm.export.target import target
+from rtp_llm.export.verify import verify
 
-from .test_exporter import script
+from .test_exporter import Traced, first_logits, refused, script, until_tracing
 
 Arrays = dict[str, np.ndarray]
 LINEAR = ("c_attn", "c_proj", "w1", "w2", *(f"{x}_proj" for x in ("q", "k", "v", "o", "gate", "up", "down")))
@@ -164,20 +173,23 @@ def checkpoint(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def quantise(source: Path, output: Path, reference: Path, name: str) -> None:
     pack, options, _ = CONFIGS[name]
     for folder in (output, reference):
-        shutil.copytree(source, folder)
-    [file] = (f.name for f in source.glob("*.safetensors"))
-    packed, dequantised = {}, {}
-    for i, (key, tensor) in enumerate(load_file(source / file).items()):
-        stem, layer = key.removesuffix("weight"), key.split(".")[-2]
-        if key.endswith(".weight") and layer in LINEAR and "visual" not in key:
-            tensors, stands_for = pack(tensor.float().numpy(), i, **options)
-            packed |= {stem + part: as_tensor(array) for part, array in tensors.items()}
-            dequantised[key] = torch.from_numpy(stands_for.astype(np.float32))
-        else:
-            packed[key] = dequantised[key] = tensor
-    for folder, tensors in ((output, packed), (reference, dequantised)):
-        (folder / "model.safetensors.index.json").unlink()
-        save_file(tensors, folder / file)
+        folder.mkdir()
+        for file in source.iterdir():
+            copy = shutil.copytree if file.is_dir() else shutil.copyfile
+            if not file.name.endswith("index.json"):
+                copy(file, folder / file.name)
+    for file in source.glob("*.safetensors"):
+        packed, plain = {}, {}
+        for i, (key, tensor) in enumerate(load_file(file).items()):
+            stem, layer = key.removesuffix("weight"), key.split(".")[-2]
+            packed[key] = plain[key] = tensor
+            if key.endswith(".weight") and layer in LINEAR and not re.search("visual|vision", key):
+                tensors, stands_for = pack(tensor.float().numpy(), i, **options)
+                del packed[key]
+                packed |= {stem + part: as_tensor(array) for part, array in tensors.items()}
+                plain[key] = torch.from_numpy(stands_for.astype(np.float32))
+        save_file(packed, output / file.name)
+        save_file(plain, reference / file.name)
     config = json.loads((output / "config.json").read_text())
     (output / "config.json").write_text(json.dumps({**config, "quantization_config": config_of(name)}))
 
@@ -278,3 +290,249 @@ def test_an_int4_graph_keeps_the_checkpoints_numbers_to_the_bit(
     for key, rows in found.items():
         if key != "head.weight":  # which the checkpoint does not quantise
             np.testing.assert_array_equal(rows, expected[key].read().numpy(), key)
+
+
+def halved(plan: Plan) -> Decoder:
+    """The reference of a plain checkpoint, with the head and embedding as int4 has them."""
+    decoder = Decoder(plan.decoder).eval().requires_grad_(False)
+    for name, weight in plan.decoder_weights.items():
+        rows = weight.read()
+        if name in ("embed.weight", "head.weight"):
+            rows = dequantize(*quantize(rows, 4), rows.shape[1], 4)
+        decoder.get_parameter(name).copy_(rows)
+    return decoder
+
+
+@pytest.mark.parametrize("family, name", [("llava", "gptq-act-own-32"), ("qwen_vl", "awq-16")])
+def test_auto_exports_a_bundle_that_answers_like_the_numbers_and_verifies(
+    family: str, name: str, checkpoint: Any, tmp_path: Path
+):
+    """But for inputs of products, which are rounded to 8 bits: at most 1 / 254 of a block's largest."""
+    packed, plain = checkpoint(family, name)
+    bundle = export(packed, tmp_path / "bundle")
+    assert bundle.precision == bundle.graphs["decoder"].precision == "int4"
+    decoder = halved(plan_of(plain))
+    ids = [5, 17, 3, 250, 9, 77, 310, 42]
+    rows = torch.arange(len(ids))
+    images = np.zeros((1, bundle.model.hidden_size), np.float32)
+    attend = Eager(decoder, rows, [len(ids)])
+    expected = decoder(torch.tensor(ids), None, attend, None, rows).numpy()
+    found = first_logits(bundle, ids, images)
+    assert np.abs(found - expected).max() < 0.08 * expected.std()
+    best = np.sort(expected)
+    clear = best[:, -1] - best[:, -2] > 0.16 * expected.std()
+    assert clear.sum() >= 3
+    np.testing.assert_array_equal(found.argmax(1)[clear], expected.argmax(1)[clear])
+    report = verify(bundle.path)
+    assert report.passed, report.stages
+    assert report.reference.startswith("plain torch modules")
+
+
+def test_another_precision_is_of_the_dequantised_numbers(checkpoint: Any, tmp_path: Path):
+    packed, plain = checkpoint("llava", "gptq-act")
+    made = [export(folder, tmp_path / folder.name, precision="fp32") for folder in (packed, plain)]
+    hashes = [bundle.files["decoder.onnx.data"].sha256 for bundle in made]
+    assert hashes[0] == hashes[1]
+
+
+def test_a_llava_hf_checkpoint_verifies_against_its_numbers(goldens: Path, tmp_path: Path):
+    """transformers itself could not load it without the format's library."""
+    quantise(goldens / "llava_hf_A" / "checkpoint", tmp_path / "packed", tmp_path / "plain", "awq-16")
+    report = verify(export(tmp_path / "packed", tmp_path / "bundle").path)
+    assert report.passed and report.precision == "int4", report.stages
+
+
+# ------------------------------------------------------------------------------------ engines, and "auto"
+
+
+@pytest.mark.parametrize("name, backend, precision, says", [
+    ("gptq-act", "onnxruntime", "int4", "are kept"),
+    ("awq-16", "onnxruntime", "int4", "are kept"),
+    ("fp8-channel", "onnxruntime", "int8", "dequantised and stored as int8"),
+    ("gptq-act", "tensorrt", "int4", "are kept"),
+    ("gptq-v2", "tensorrt", "bf16", "dequantised and stored as bf16"),
+    ("fp8-tensor", "tensorrt", "fp8", "are kept"),
+    ("fp8-block", "tensorrt", "fp8", "blocks of 128×128; it is quantised anew per output channel"),
+    ("fp8-channel", "torchscript", "fp32", "dequantised and stored as fp32"),
+])  # fmt: skip
+def test_auto_keeps_what_the_checkpoint_has_where_the_target_can_and_says_so(
+    name: str, backend: str, precision: str, says: str, checkpoint: Any, tmp_path: Path
+):
+    said: list[str] = []
+
+    def listen(p: Progress) -> None:
+        said.append(p.text)
+        until_tracing(p)
+
+    with pytest.raises(Traced):
+        export(checkpoint("llava", name)[0], tmp_path / "out", backend=backend, progress=listen)
+    assert config_of(name)["quant_method"] in said[1] and says in said[1]
+    assert said[2].startswith(f"precision {precision}: ")
+
+
+def dequantised(file: Path) -> dict[str, np.ndarray]:
+    """The weights [out, in] of every DequantizeLinear of a constant, applied to inputs that are unsorted."""
+    model = onnx.load(file)
+    constants = {w.name: numpy_helper.to_array(w) for w in model.graph.initializer}
+    orders = {
+        n.output[0]: constants[n.input[1]]
+        for n in model.graph.node
+        if n.op_type == "Gather" and n.input[1].endswith("sort.order")
+    }
+    found: dict[str, np.ndarray] = {}
+    made = {n.output[0]: n for n in model.graph.node}
+    for node in model.graph.node:
+        if node.op_type != "MatMul" or (make := made.get(node.input[1])) is None:
+            continue
+        if make.op_type != "DequantizeLinear":
+            continue
+        q, scales = (constants[name].astype(np.float32) for name in make.input)
+        if scales.ndim == 2:
+            scales = scales.repeat(len(q) // len(scales), 0)
+        rows = (q * scales).T
+        source = made[node.input[0]] if node.input[0] in made else None
+        while source is not None and source.op_type in ("Cast", "DequantizeLinear", "QuantizeLinear"):
+            source = made.get(source.input[0])
+        if source is not None and source.output[0] in orders:
+            unsorted = np.empty_like(rows)
+            unsorted[:, orders[source.output[0]]] = rows
+            rows = unsorted
+        name = make.input[0].removeprefix("decoder.").split(".parts.")[0].removesuffix(".weight") + ".weight"
+        found[name] = np.concatenate([found[name], rows]) if name in found else rows
+    return found
+
+
+@pytest.mark.parametrize("name", ["gptq", "gptq-act", "fp8-tensor", "fp8-channel", "fp8-block"])
+def test_an_engine_keeps_the_numbers_but_for_scales_in_bfloat16(name: str, checkpoint: Any, tmp_path: Path):
+    """2^-9 of a scale; the next number of int4 is 1 / 8 away, and of fp8 1 / 16."""
+    packed, plain = checkpoint("llava", name)
+    precision = "fp8" if "fp8" in name else "int4"
+    plan = plan_of(packed)
+    graph = GraphPlan.of_decoder(plan, target("tensorrt"), precision)
+    linears = [n for n, w in plan.decoder_weights.items() if len(w.parts[0][1]) == 2 and "layers" in n]
+    graph.ranges = {n.removesuffix(".weight"): Range(3.0, 1.0) for n in linears}
+    graph.write(tmp_path, "decoder", Writer(graph.bytes, lambda _: None))
+    found, expected = dequantised(tmp_path / "decoder.onnx"), plan_of(plain).decoder_weights
+    assert set(found) == set(linears)
+    for key, rows in found.items():
+        numbers = expected[key].read().numpy()
+        if name == "fp8-block":  # rounded again, to steps of at most 1 / 14 of the largest of an output
+            amax = np.abs(numbers).max(1, keepdims=True)
+            assert (np.abs(rows - numbers) <= amax / 28 * 1.01).all()
+        else:
+            np.testing.assert_allclose(rows, numbers, rtol=2.0**-8, atol=0)
+
+
+def test_static_scales_of_inputs_are_the_checkpoints_own(checkpoint: Any):
+    packed, plain = checkpoint("llava", "fp8-channel")
+    files = load_file(next(packed.glob("*.safetensors")))
+    ranges = static_ranges(plan_of(packed).decoder_weights)
+    layer = "model.layers.0.self_attn."
+    widest = max(float(files[f"{layer}{x}_proj.input_scale"]) for x in "qkv")
+    assert ranges["layers.0.qkv"].amax == pytest.approx(448 * widest)
+    assert ranges["layers.0.o"].amax == pytest.approx(448 * float(files[f"{layer}o_proj.input_scale"]))
+    assert static_ranges(plan_of(plain).decoder_weights) == {}
+
+
+def test_asymmetric_zero_points_under_sym_are_refused(checkpoint: Any, tmp_path: Path):
+    folder = tmp_path / "packed"
+    shutil.copytree(checkpoint("llava", "gptq-v2")[0], folder)
+    configure(folder, {"sym": True})
+    with pytest.raises(CheckpointError, match="zero points of .*, expected 8: quantization_config says sym"):
+        written(plan_of(folder), "int4", tmp_path, "tensorrt")
+
+
+# ---------------------------------------------------------------------------------------------- damage
+
+
+def configure(folder: Path, change: dict[str, Any]) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"] |= change
+    file.write_text(json.dumps(config))
+
+
+def layer(folder: Path, name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> Checkpoint:
+    """A checkpoint of one layer x [64, 256], changed."""
+    pack, options, _ = CONFIGS[name]
+    tensors = pack(np.random.default_rng(0).normal(size=(64, 256)).astype(np.float32), 0, **options)[0]
+    stored = {f"x.{part}": as_tensor(array) for part, array in tensors.items()}
+    change(stored)
+    save_file(stored, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"quantization_config": config_of(name)}))
+    return Checkpoint(folder)
+
+
+@pytest.mark.parametrize("name, change, parts", [
+    ("gptq", lambda t: t.pop("x.qzeros"), ["x.qzeros", "missing"]),
+    ("gptq", lambda t: t.pop("x.scales"), ["x.scales", "missing"]),
+    ("gptq", lambda t: t.pop("x.qweight"), ["x.qweight", "missing"]),
+    ("gptq-act", lambda t: t.pop("x.g_idx"), ["x.g_idx", "missing"]),
+    ("gptq", lambda t: t.update({"x.qzeros": t["x.qzeros"][:1]}), ["x.qzeros", "[1, 8]", "expected [2, 8]"]),
+    ("gptq", lambda t: t.update({"x.qweight": t["x.qweight"].half()}), ["x.qweight", "float16", "int32"]),
+    ("gptq", lambda t: t["x.g_idx"].fill_(7), ["x.g_idx", "7 to 7", "there are 2"]),
+    ("gptq", lambda t: t["x.g_idx"][:3].fill_(1), ["x.g_idx", "group 0", "125", "expected 128"]),
+    ("awq-16", lambda t: t.pop("x.qzeros"), ["x.qzeros", "missing"]),
+    ("awq-16", lambda t: t.update({"x.scales": t["x.scales"].t().contiguous()}), ["x.scales", "[64, 16]"]),
+    ("fp8-channel", lambda t: t.pop("x.weight_scale"), ["x.weight_scale", "missing"]),
+    ("fp8-channel", lambda t: t.update({"x.weight_scale": torch.ones(5)}), ["[5]", "expected [] or [64, 1]"]),
+    ("fp8-block", lambda t: t.update({"x.weight_scale_inv": torch.ones(2, 2)}), ["[2, 2]", "or [1, 2]"]),
+])  # fmt: skip
+def test_damage_is_named(name: str, change: Any, parts: list[str], tmp_path: Path):
+    checkpoint = layer(tmp_path, name, change)
+    refused(CheckpointError, *parts, call=lambda: checkpoint.check("x.weight", (64, 256)))
+
+
+@pytest.mark.parametrize("name, change, parts", [
+    ("gptq", {"bits": 3}, ["'gptq' with bits 3", "4 is"]),
+    ("gptq", {"bits": 8}, ["'gptq' with bits 8"]),
+    ("gptq", {"group_size": 24}, ["group_size 24", "multiples of 16 and -1"]),
+    ("gptq", {"group_size": None}, ["group_size None"]),
+    ("gptq", {"checkpoint_format": "marlin"}, ["checkpoint_format 'marlin'", "'gptq' and 'gptq_v2' are"]),
+    ("awq-16", {"version": "gemv"}, ["'awq' with version 'gemv'", "'gemm' is"]),
+    ("awq-16", {"zero_point": False}, ["zero_point False"]),
+    ("fp8-block", {"fmt": "e5m2"}, ["'fp8' with fmt 'e5m2'"]),
+    ("fp8-channel", {"format": "pack-quantized"}, ["'compressed-tensors' with format 'pack-quantized'"]),
+    ("fp8-channel", {"config_groups": {"g": {"weights": {"num_bits": 4}}}}, ["g weights.num_bits 4"]),
+    ("gptq", {"quant_method": "bitsandbytes"}, ["'bitsandbytes'", "gptq, awq, fp8", "unquantised"]),
+])  # fmt: skip
+def test_a_scheme_that_is_not_supported_is_named_with_what_is(
+    name: str, change: dict[str, Any], parts: list[str], tmp_path: Path
+):
+    layer(tmp_path, name, lambda t: None)
+    configure(tmp_path, change)
+    refused(NotSupportedYet, "quant_method", *parts, call=lambda: Checkpoint(tmp_path).scheme)
+
+
+def test_a_block_size_that_is_none_is_refused(tmp_path: Path):
+    layer(tmp_path, "fp8-block", lambda t: None)
+    configure(tmp_path, {"weight_block_size": [128]})
+    refused(CheckpointError, "[128]", "two positive numbers", call=lambda: Checkpoint(tmp_path).scheme)
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_repacking_keeps_neither_the_file_nor_a_dequantised_copy_in_memory(tmp_path: Path):
+    """A layer of 4096 × 32768: 64 MB packed, 512 MB as float32; chunks are 4 million numbers."""
+    inputs, outputs = 4096, 32768
+    shapes = {"qweight": (inputs // 8, outputs), "qzeros": (32, outputs // 8), "scales": (32, outputs)}
+    stored = {f"x.{n}": torch.zeros(s, dtype=torch.int32) for n, s in shapes.items()}
+    save_file({**stored, "x.scales": stored["x.scales"].half()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config_of("gptq")}))
+    del stored
+    weight = Weight(Checkpoint(tmp_path), (("x.weight", (outputs, inputs)),))
+    weight.quantised()
+    before, growth = [resident("RssAnon"), resident("RssFile")], [0, 0]
+    for part, low, high in spans(weight):
+        piece = part.packed(low, high)
+        for i, kind in enumerate(("RssAnon", "RssFile")):
+            growth[i] = max(growth[i], resident(kind) - before[i])
+        del piece
+    assert growth[0] < 64 * 2**20 and growth[1] < 16 * 2**20, growth
+
+
+def resident(kind: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split(f"{kind}:")[1].split()[0])
