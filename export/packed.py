@@ -106,8 +106,14 @@ def scheme(config: Fields) -> Scheme | None:
         block = found.get("weight_block_size")
     elif method == "compressed-tensors":
         take("format", found.get("format"), "float-quantized")
-        for name, layers in (found.get("config_groups") or {}).items():
-            weights = layers.get("weights") or {}
+        groups = found.get("config_groups")
+        try:
+            given = {name: dict(layers["weights"]) for name, layers in groups.items()}
+        except (AttributeError, TypeError, ValueError, CheckpointError):
+            raise CheckpointError(
+                f"{config.file}: config_groups is {groups!r}, expected groups with weights"
+            ) from None
+        for name, weights in given.items():
             take(f"{name} weights.num_bits", weights.get("num_bits"), 8)
             take(f"{name} weights.type", weights.get("type"), "float")
             take(f"{name} weights.strategy", weights.get("strategy"), "tensor", "channel", "block")

@@ -504,10 +504,16 @@ def test_a_scheme_that_is_not_supported_is_named_with_what_is(
     refused(NotSupportedYet, "quant_method", *parts, call=lambda: Checkpoint(tmp_path).scheme)
 
 
-def test_a_block_size_that_is_none_is_refused(tmp_path: Path):
-    layer(tmp_path, "fp8-block", lambda t: None)
-    configure(tmp_path, {"weight_block_size": [128]})
-    refused(CheckpointError, "[128]", "two positive numbers", call=lambda: Checkpoint(tmp_path).scheme)
+@pytest.mark.parametrize("name, change, parts", [
+    ("fp8-block", {"weight_block_size": [128]}, ["[128]", "two positive numbers"]),
+    ("fp8-channel", {"config_groups": {"g": {}}}, ["{'g': {}}", "groups with weights"]),
+])  # fmt: skip
+def test_a_scheme_that_is_damaged_is_named(
+    name: str, change: dict[str, Any], parts: list[str], tmp_path: Path
+):
+    layer(tmp_path, name, lambda t: None)
+    configure(tmp_path, change)
+    refused(CheckpointError, *parts, call=lambda: Checkpoint(tmp_path).scheme)
 
 
 # ---------------------------------------------------------------------------------------------- memory
