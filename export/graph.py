@@ -121,7 +121,7 @@ class GraphPlan:
     @property
     def bytes(self) -> int:
         """Size of the data file, nearly."""
-        from .packed import alike
+        from .packed import Int4, alike
 
         per_weight = {
             "fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "rows": 1.0, "qdq": 0.5 + 2 / 64,
@@ -137,7 +137,7 @@ class GraphPlan:
             if kind in ("fp8", "rows", "qdq") and name in ("embed.weight", "head.weight"):
                 kind = "bf16"
             own = alike(weight) if kind == "int4" else None
-            size += elements * (0.5 + 4.5 / own.block if own else per_weight[kind])
+            size += elements * (0.5 + 4.5 / own.block if isinstance(own, Int4) else per_weight[kind])
         return int(size) + sum(t.nbytes for t in self.constants.values())
 
     def write(self, folder: Path, key: str, writer: Writer) -> GraphSpec:
@@ -320,8 +320,9 @@ class GraphPlan:
                 else:
                     writer.put_rows(file, place(name), self.weights[base], dtype, key, base)
             if stem + "sort.order" in waiting:
-                order = packed.alike(self.weights[base]).order  # type: ignore[union-attr]
-                writer.put(file, place(stem + "sort.order"), order, key, base)
+                own = packed.alike(self.weights[base])
+                assert isinstance(own, packed.Int4) and own.order is not None
+                writer.put(file, place(stem + "sort.order"), own.order, key, base)
             if file.tell() != offset:
                 raise InternalError(f"{key} graph: {name} was stored with another size than its shape's")
 

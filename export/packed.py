@@ -106,7 +106,7 @@ def scheme(config: Fields) -> Scheme | None:
         block = found.get("weight_block_size")
     elif method == "compressed-tensors":
         take("format", found.get("format"), "float-quantized")
-        groups = found.get("config_groups")
+        groups: Any = found.get("config_groups")
         try:
             given = {name: dict(layers["weights"]) for name, layers in groups.items()}
         except (AttributeError, TypeError, ValueError, CheckpointError):

@@ -123,13 +123,17 @@ class QuantLinear(_Quantized):
 class Sort(nn.Module):
     """Inputs [..., in] in the order of their groups, where act-order has mixed those."""
 
+    order: Tensor | None
+
     def __init__(self, own: Int4 | None):
         super().__init__()
         mixed = own is not None and own.order is not None
         self.register_buffer("order", torch.empty(own.shape[1], dtype=torch.int64) if own and mixed else None)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x if self.order is None else x.index_select(-1, self.order)
+        if self.order is None:
+            return x
+        return torch.onnx.ops.symbolic("Gather", (x, self.order), {"axis": -1}, dtype=x.dtype, shape=x.shape)
 
 
 class Parts(nn.Module):

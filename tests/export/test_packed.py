@@ -26,7 +26,7 @@ from rtp_llm.export.exporter import Progress, export
 from rtp_llm.export.families import FAMILIES, Options, Plan
 from rtp_llm.export.graph import GraphPlan, Writer
 from rtp_llm.export.packed import spans
-from rtp_llm.export.qdq import Range, static_ranges
+from rtp_llm.export.qdq import Range, own_columns, static_ranges
 from rtp_llm.export.quantize import dequantize, quantize
 from rtp_llm.export.target import target
 from rtp_llm.export.verify import verify
@@ -200,6 +200,27 @@ def as_tensor(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array)
 
 
+def layer(
+    folder: Path, name: str, inputs: int = 256, change: Callable[[Any], object] = lambda tensors: None
+) -> tuple[Checkpoint, np.ndarray]:
+    """A checkpoint of one layer x with 64 outputs, changed, and what it stands for."""
+    pack, options, _ = CONFIGS[name]
+    weights = np.random.default_rng(0).normal(size=(64, inputs)).astype(np.float32)
+    tensors, stands_for = pack(weights, 0, **options)
+    stored = {f"x.{part}": as_tensor(array) for part, array in tensors.items()}
+    change(stored)
+    save_file(stored, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"quantization_config": config_of(name)}))
+    return Checkpoint(folder), stands_for
+
+
+def configure(folder: Path, change: dict[str, Any]) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"] |= change
+    file.write_text(json.dumps(config))
+
+
 def plan_of(folder: Path) -> Plan:
     source = Checkpoint(folder)
     family = "llava" if "Llava" in source.config["architectures"][0] else "qwen_vl"
@@ -219,11 +240,6 @@ def test_every_row_reads_as_the_numbers_that_it_stands_for(family: str, name: st
         np.testing.assert_array_equal(packed.read(key).numpy(), plain.read(key).numpy(), key)
         if key.endswith("proj.weight"):
             np.testing.assert_array_equal(packed.read(key, 3, 21).numpy(), plain.read(key, 3, 21).numpy())
-    weights, expected = (plan_of(c.path).decoder_weights for c in (packed, plain))
-    for key, weight in weights.items():  # merged layers, in chunks that end inside a part
-        weight.check()
-        for found, rows in zip(weight.chunks(3000), expected[key].chunks(3000), strict=True):
-            np.testing.assert_array_equal(found.numpy(), rows.numpy(), key)
 
 
 def test_transformers_dequantises_blocks_of_fp8_alike(checkpoint: Any):
@@ -258,10 +274,8 @@ def products(file: Path) -> dict[str, np.ndarray]:
             continue
         inputs = next(a.i for a in node.attribute if a.name == "K")
         rows = int4(*(constants[name] for name in node.input[1:4]))[:, :inputs]
-        if node.input[0] in gathers and gathers[node.input[0]].input[1].endswith("sort.order"):
-            unsorted = np.empty_like(rows)
-            unsorted[:, constants[gathers[node.input[0]].input[1]]] = rows
-            rows = unsorted
+        if node.input[0] in gathers:
+            rows = unsorted(rows, constants[gathers[node.input[0]].input[1]])
         name = node.input[1].removeprefix("decoder.").split(".parts.")[0].removesuffix(".weight") + ".weight"
         found[name] = np.concatenate([found[name], rows]) if name in found else rows
     return found
@@ -273,23 +287,24 @@ def written(plan: Plan, precision: str, folder: Path, backend: str = "onnxruntim
     return graph
 
 
-@pytest.mark.parametrize("family, name", [
-    ("llava", "gptq"), ("llava", "gptq-act-own-32"), ("llava", "awq-16"),
-    ("qwen_vl", "gptq-v2"), ("qwen_vl", "gptq-act"), ("qwen_vl", "gptq-column"), ("qwen_vl", "awq-16"),
-])  # fmt: skip
-def test_an_int4_graph_keeps_the_checkpoints_numbers_to_the_bit(
-    family: str, name: str, checkpoint: Any, tmp_path: Path
-):
-    packed, plain = checkpoint(family, name)
-    graph = written(plan_of(packed), "int4", tmp_path)
-    size = (tmp_path / "decoder.onnx.data").stat().st_size
-    assert 0.8 * size < graph.bytes < 1.2 * size
-    expected = plan_of(plain).decoder_weights
-    found = products(tmp_path / "decoder.onnx")
-    assert set(found) == {n for n, w in expected.items() if len(w.parts[0][1]) == 2} - {"embed.weight"}
-    for key, rows in found.items():
-        if key != "head.weight":  # which the checkpoint does not quantise
-            np.testing.assert_array_equal(rows, expected[key].read().numpy(), key)
+def unsorted(rows: np.ndarray, order: Any) -> np.ndarray:
+    if order is None:
+        return rows
+    found = np.empty_like(rows)
+    found[:, np.asarray(order)] = rows
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if "fp8" not in name])
+def test_repacked_blocks_are_the_checkpoints_numbers_to_the_bit(name: str, tmp_path: Path):
+    """In chunks, and with a last block that 176 inputs do not fill (AWQ has none such)."""
+    checkpoint, stands_for = layer(tmp_path, name, 176)
+    weight = Weight(checkpoint, (("x.weight", stands_for.shape),))
+    pieces = [part.packed(low, high) for part, low, high in spans(weight, 6000)]
+    assert len(pieces) > 1
+    rows = int4(*(torch.cat(tensors).numpy() for tensors in zip(*pieces, strict=True)))[:, :176]
+    found = unsorted(rows, weight.quantised()[0].order)
+    np.testing.assert_array_equal(found, stands_for.astype(np.float32))
 
 
 def halved(plan: Plan) -> Decoder:
@@ -303,43 +318,53 @@ def halved(plan: Plan) -> Decoder:
     return decoder
 
 
-@pytest.mark.parametrize("family, name", [("llava", "gptq-act-own-32"), ("qwen_vl", "awq-16")])
-def test_auto_exports_a_bundle_that_answers_like_the_numbers_and_verifies(
+@pytest.mark.parametrize("family, name", [("llava", "gptq-act-own-32"), ("qwen_vl", "gptq-act")])
+def test_auto_exports_a_bundle_of_the_numbers_to_the_bit_that_answers_like_them(
     family: str, name: str, checkpoint: Any, tmp_path: Path
 ):
-    """But for inputs of products, which are rounded to 8 bits: at most 1 / 254 of a block's largest."""
+    """But for inputs of products, which are rounded to 8 bits: at most 1 / 254 of a block's largest. The
+    parts of llava's merged layers have their inputs in different orders, those of qwen_vl's in the same."""
     packed, plain = checkpoint(family, name)
     bundle = export(packed, tmp_path / "bundle")
     assert bundle.precision == bundle.graphs["decoder"].precision == "int4"
-    decoder = halved(plan_of(plain))
+    plan = plan_of(plain)
+    found = products(bundle.read_path("decoder.onnx"))
+    matrices = {n for n, w in plan.decoder_weights.items() if len(w.parts[0][1]) == 2}
+    assert set(found) == matrices - {"embed.weight"}
+    for key in set(found) - {"head.weight"}:  # which the checkpoint does not quantise
+        np.testing.assert_array_equal(found[key], plan.decoder_weights[key].read().numpy(), key)
+
+    decoder = halved(plan)
     ids = [5, 17, 3, 250, 9, 77, 310, 42]
     rows = torch.arange(len(ids))
-    images = np.zeros((1, bundle.model.hidden_size), np.float32)
     attend = Eager(decoder, rows, [len(ids)])
     expected = decoder(torch.tensor(ids), None, attend, None, rows).numpy()
-    found = first_logits(bundle, ids, images)
-    assert np.abs(found - expected).max() < 0.08 * expected.std()
+    logits = first_logits(bundle, ids, np.zeros((1, bundle.model.hidden_size), np.float32))
+    assert np.abs(logits - expected).max() < 0.08 * expected.std()
     best = np.sort(expected)
     clear = best[:, -1] - best[:, -2] > 0.16 * expected.std()
     assert clear.sum() >= 3
-    np.testing.assert_array_equal(found.argmax(1)[clear], expected.argmax(1)[clear])
+    np.testing.assert_array_equal(logits.argmax(1)[clear], expected.argmax(1)[clear])
     report = verify(bundle.path)
     assert report.passed, report.stages
-    assert report.reference.startswith("plain torch modules")
 
 
 def test_another_precision_is_of_the_dequantised_numbers(checkpoint: Any, tmp_path: Path):
-    packed, plain = checkpoint("llava", "gptq-act")
-    made = [export(folder, tmp_path / folder.name, precision="fp32") for folder in (packed, plain)]
-    hashes = [bundle.files["decoder.onnx.data"].sha256 for bundle in made]
-    assert hashes[0] == hashes[1]
+    packed, plain = checkpoint("llava", "awq-16")
+    written(plan_of(packed), "fp32", tmp_path)
+    model = onnx.load(tmp_path / "decoder.onnx")
+    found = {w.name: numpy_helper.to_array(w) for w in model.graph.initializer}
+    for key, weight in plan_of(plain).decoder_weights.items():
+        np.testing.assert_array_equal(found[f"decoder.{key}"], weight.read().numpy(), key)
 
 
+@pytest.mark.slow
 def test_a_llava_hf_checkpoint_verifies_against_its_numbers(goldens: Path, tmp_path: Path):
     """transformers itself could not load it without the format's library."""
     quantise(goldens / "llava_hf_A" / "checkpoint", tmp_path / "packed", tmp_path / "plain", "awq-16")
     report = verify(export(tmp_path / "packed", tmp_path / "bundle").path)
     assert report.passed and report.precision == "int4", report.stages
+    assert report.reference.startswith("plain torch modules")
 
 
 # ------------------------------------------------------------------------------------ engines, and "auto"
@@ -347,11 +372,10 @@ def test_a_llava_hf_checkpoint_verifies_against_its_numbers(goldens: Path, tmp_p
 
 @pytest.mark.parametrize("name, backend, precision, says", [
     ("gptq-act", "onnxruntime", "int4", "are kept"),
-    ("awq-16", "onnxruntime", "int4", "are kept"),
     ("fp8-channel", "onnxruntime", "int8", "dequantised and stored as int8"),
     ("gptq-act", "tensorrt", "int4", "are kept"),
-    ("gptq-v2", "tensorrt", "bf16", "dequantised and stored as bf16"),
-    ("fp8-tensor", "tensorrt", "fp8", "are kept"),
+    ("awq-16", "tensorrt", "bf16", "dequantised and stored as bf16"),
+    ("fp8-tensor", "tensorrt", "fp8", "its linear layers are kept"),
     ("fp8-block", "tensorrt", "fp8", "blocks of 128×128; it is quantised anew per output channel"),
     ("fp8-channel", "torchscript", "fp32", "dequantised and stored as fp32"),
 ])  # fmt: skip
@@ -371,56 +395,55 @@ def test_auto_keeps_what_the_checkpoint_has_where_the_target_can_and_says_so(
 
 
 def dequantised(file: Path) -> dict[str, np.ndarray]:
-    """The weights [out, in] of every DequantizeLinear of a constant, applied to inputs that are unsorted."""
+    """The weights [out, in] of every product of an engine, as it applies them to its unsorted input."""
     model = onnx.load(file)
     constants = {w.name: numpy_helper.to_array(w) for w in model.graph.initializer}
-    orders = {
-        n.output[0]: constants[n.input[1]]
-        for n in model.graph.node
-        if n.op_type == "Gather" and n.input[1].endswith("sort.order")
-    }
-    found: dict[str, np.ndarray] = {}
     made = {n.output[0]: n for n in model.graph.node}
+    found: dict[str, np.ndarray] = {}
     for node in model.graph.node:
-        if node.op_type != "MatMul" or (make := made.get(node.input[1])) is None:
-            continue
-        if make.op_type != "DequantizeLinear":
+        make = made.get(node.input[1]) if node.op_type == "MatMul" else None
+        if make is None or make.op_type != "DequantizeLinear":
             continue
         q, scales = (constants[name].astype(np.float32) for name in make.input)
-        if scales.ndim == 2:
-            scales = scales.repeat(len(q) // len(scales), 0)
-        rows = (q * scales).T
-        source = made[node.input[0]] if node.input[0] in made else None
-        while source is not None and source.op_type in ("Cast", "DequantizeLinear", "QuantizeLinear"):
-            source = made.get(source.input[0])
-        if source is not None and source.output[0] in orders:
-            unsorted = np.empty_like(rows)
-            unsorted[:, orders[source.output[0]]] = rows
-            rows = unsorted
-        name = make.input[0].removeprefix("decoder.").split(".parts.")[0].removesuffix(".weight") + ".weight"
-        found[name] = np.concatenate([found[name], rows]) if name in found else rows
+        rows = (q * (scales.repeat(len(q) // len(scales), 0) if scales.ndim == 2 else scales)).T
+        source = made[node.input[0]]
+        if source.op_type == "Gather":
+            rows = unsorted(rows, constants[source.input[1]])
+        found[make.input[0].removeprefix("decoder.")] = rows
     return found
 
 
 @pytest.mark.parametrize("name", ["gptq", "gptq-act", "fp8-tensor", "fp8-channel", "fp8-block"])
-def test_an_engine_keeps_the_numbers_but_for_scales_in_bfloat16(name: str, checkpoint: Any, tmp_path: Path):
+def test_columns_for_engines_keep_the_numbers_but_for_scales_in_bfloat16(name: str, tmp_path: Path):
     """2^-9 of a scale; the next number of int4 is 1 / 8 away, and of fp8 1 / 16."""
+    checkpoint, stands_for = layer(tmp_path, name)
+    weight = Weight(checkpoint, (("x.weight", stands_for.shape),))
+    found = np.zeros(stands_for.shape, np.float32)
+    for start, q, scales in own_columns(weight):
+        assert scales.dtype == torch.bfloat16
+        scale = scales.float().numpy()
+        scale = scale.repeat(len(q) // len(scale), 0) if scale.ndim == 2 else scale
+        found[start : start + q.shape[1]] = (q.float().numpy() * scale).T
+    if name == "gptq-act":
+        found = unsorted(found, weight.quantised()[0].order)
+    if name == "fp8-block":  # rounded again, to steps of at most 1 / 14 of the largest of an output
+        assert (np.abs(found - stands_for) <= np.abs(stands_for).max(1, keepdims=True) / 28 * 1.01).all()
+    else:
+        np.testing.assert_allclose(found, stands_for, rtol=2.0**-8, atol=0)
+
+
+@pytest.mark.parametrize("name", ["gptq-act", "fp8-channel"])
+def test_an_engines_graph_applies_them(name: str, checkpoint: Any, tmp_path: Path):
     packed, plain = checkpoint("llava", name)
-    precision = "fp8" if "fp8" in name else "int4"
     plan = plan_of(packed)
-    graph = GraphPlan.of_decoder(plan, target("tensorrt"), precision)
+    graph = GraphPlan.of_decoder(plan, target("tensorrt"), "int4" if name == "gptq-act" else "fp8")
     linears = [n for n, w in plan.decoder_weights.items() if len(w.parts[0][1]) == 2 and "layers" in n]
     graph.ranges = {n.removesuffix(".weight"): Range(3.0, 1.0) for n in linears}
     graph.write(tmp_path, "decoder", Writer(graph.bytes, lambda _: None))
     found, expected = dequantised(tmp_path / "decoder.onnx"), plan_of(plain).decoder_weights
     assert set(found) == set(linears)
     for key, rows in found.items():
-        numbers = expected[key].read().numpy()
-        if name == "fp8-block":  # rounded again, to steps of at most 1 / 14 of the largest of an output
-            amax = np.abs(numbers).max(1, keepdims=True)
-            assert (np.abs(rows - numbers) <= amax / 28 * 1.01).all()
-        else:
-            np.testing.assert_allclose(rows, numbers, rtol=2.0**-8, atol=0)
+        np.testing.assert_allclose(rows, expected[key].read().numpy(), rtol=2.0**-8, atol=0)
 
 
 def test_static_scales_of_inputs_are_the_checkpoints_own(checkpoint: Any):
@@ -434,33 +457,15 @@ def test_static_scales_of_inputs_are_the_checkpoints_own(checkpoint: Any):
     assert static_ranges(plan_of(plain).decoder_weights) == {}
 
 
-def test_asymmetric_zero_points_under_sym_are_refused(checkpoint: Any, tmp_path: Path):
-    folder = tmp_path / "packed"
-    shutil.copytree(checkpoint("llava", "gptq-v2")[0], folder)
-    configure(folder, {"sym": True})
+def test_asymmetric_zero_points_under_sym_are_refused(tmp_path: Path):
+    layer(tmp_path, "gptq-v2")
+    configure(tmp_path, {"sym": True})
+    weight = Weight(Checkpoint(tmp_path), (("x.weight", (64, 256)),))
     with pytest.raises(CheckpointError, match="zero points of .*, expected 8: quantization_config says sym"):
-        written(plan_of(folder), "int4", tmp_path, "tensorrt")
+        list(own_columns(weight))
 
 
 # ---------------------------------------------------------------------------------------------- damage
-
-
-def configure(folder: Path, change: dict[str, Any]) -> None:
-    file = folder / "config.json"
-    config = json.loads(file.read_text())
-    config["quantization_config"] |= change
-    file.write_text(json.dumps(config))
-
-
-def layer(folder: Path, name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> Checkpoint:
-    """A checkpoint of one layer x [64, 256], changed."""
-    pack, options, _ = CONFIGS[name]
-    tensors = pack(np.random.default_rng(0).normal(size=(64, 256)).astype(np.float32), 0, **options)[0]
-    stored = {f"x.{part}": as_tensor(array) for part, array in tensors.items()}
-    change(stored)
-    save_file(stored, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"quantization_config": config_of(name)}))
-    return Checkpoint(folder)
 
 
 @pytest.mark.parametrize("name, change, parts", [
@@ -479,7 +484,7 @@ def layer(folder: Path, name: str, change: Callable[[dict[str, torch.Tensor]], o
     ("fp8-block", lambda t: t.update({"x.weight_scale_inv": torch.ones(2, 2)}), ["[2, 2]", "or [1, 2]"]),
 ])  # fmt: skip
 def test_damage_is_named(name: str, change: Any, parts: list[str], tmp_path: Path):
-    checkpoint = layer(tmp_path, name, change)
+    checkpoint, _ = layer(tmp_path, name, change=change)
     refused(CheckpointError, *parts, call=lambda: checkpoint.check("x.weight", (64, 256)))
 
 
@@ -499,7 +504,7 @@ def test_damage_is_named(name: str, change: Any, parts: list[str], tmp_path: Pat
 def test_a_scheme_that_is_not_supported_is_named_with_what_is(
     name: str, change: dict[str, Any], parts: list[str], tmp_path: Path
 ):
-    layer(tmp_path, name, lambda t: None)
+    layer(tmp_path, name)
     configure(tmp_path, change)
     refused(NotSupportedYet, "quant_method", *parts, call=lambda: Checkpoint(tmp_path).scheme)
 
@@ -511,7 +516,7 @@ def test_a_scheme_that_is_not_supported_is_named_with_what_is(
 def test_a_scheme_that_is_damaged_is_named(
     name: str, change: dict[str, Any], parts: list[str], tmp_path: Path
 ):
-    layer(tmp_path, name, lambda t: None)
+    layer(tmp_path, name)
     configure(tmp_path, change)
     refused(CheckpointError, *parts, call=lambda: Checkpoint(tmp_path).scheme)
 
