@@ -30,6 +30,7 @@ from rtp_llm.export.qdq import Range, own_columns, static_ranges
 from rtp_llm.export.quantize import dequantize, quantize
 from rtp_llm.export.target import target
 from rtp_llm.export.verify import verify
+from rtp_llm.runtime.backends import Options as RunOptions
 
 from .test_exporter import Traced, first_logits, refused, script, until_tracing
 
@@ -444,6 +445,14 @@ def test_an_engines_graph_applies_them(name: str, checkpoint: Any, tmp_path: Pat
     assert set(found) == set(linears)
     for key, rows in found.items():
         np.testing.assert_allclose(rows, expected[key].read().numpy(), rtol=2.0**-8, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gptq-act", "fp8-block", "fp8-channel"])
+def test_an_engines_bundle_verifies_against_the_numbers(name: str, checkpoint: Any, tmp_path: Path):
+    bundle = export(checkpoint("llava", name)[0], tmp_path / "bundle", backend="tensorrt")
+    report = verify(bundle.path, run=RunOptions(slots=1, device="cpu"))
+    assert report.passed and report.precision == ("int4" if name == "gptq-act" else "fp8"), report.stages
 
 
 def test_static_scales_of_inputs_are_the_checkpoints_own(checkpoint: Any):
