@@ -12,8 +12,8 @@ along the dimension that is summed, an even number of them. What that leaves:
 
 A checkpoint's own fp8 and symmetric int4 (packed.py) stay to the bit, with scales per output channel, or per
 block of 64 or 128 inputs and output channel; fp8 in blocks of inputs and outputs is none of the engine's
-granularities, and becomes amax / 448 per output channel. (TensorRT documents scales per channel without naming
-the types that its kernels take them for: fp8's are to be seen on hardware.)
+granularities, and becomes amax / 448 per output channel. (TensorRT documents scales per channel, and not for
+which types its kernels take them: fp8's are to be seen on hardware.)
 
 Scales are bfloat16, and what is divided by them is divided by the stored number. The head, embeddings,
 convolutions and vision's attention stay bfloat16, and so do linear layers that a type cannot hold: int4's
