@@ -268,15 +268,18 @@ def products(file: Path) -> dict[str, np.ndarray]:
     merged layers."""
     model = onnx.load(file)
     constants = {w.name: numpy_helper.to_array(w) for w in model.graph.initializer}
-    gathers = {n.output[0]: n for n in model.graph.node if n.op_type == "Gather"}
+    sorts = {
+        n.output[0]: constants[n.input[1]]
+        for n in model.graph.node
+        if n.op_type == "Gather" and n.input[1].endswith(".sort.order")
+    }
     found: dict[str, np.ndarray] = {}
     for node in model.graph.node:
         if node.op_type != "MatMulNBits":
             continue
         inputs = next(a.i for a in node.attribute if a.name == "K")
         rows = int4(*(constants[name] for name in node.input[1:4]))[:, :inputs]
-        if node.input[0] in gathers:
-            rows = unsorted(rows, constants[gathers[node.input[0]].input[1]])
+        rows = unsorted(rows, sorts.get(node.input[0]))
         name = node.input[1].removeprefix("decoder.").split(".parts.")[0].removesuffix(".weight") + ".weight"
         found[name] = np.concatenate([found[name], rows]) if name in found else rows
     return found
@@ -433,7 +436,7 @@ def test_columns_for_engines_keep_the_numbers_but_for_scales_in_bfloat16(name: s
         np.testing.assert_allclose(found, stands_for, rtol=2.0**-8, atol=0)
 
 
-@pytest.mark.parametrize("name", ["gptq-act", "fp8-channel"])
+@pytest.mark.parametrize("name", ["gptq-act", pytest.param("fp8-channel", marks=pytest.mark.slow)])
 def test_an_engines_graph_applies_them(name: str, checkpoint: Any, tmp_path: Path):
     packed, plain = checkpoint("llava", name)
     plan = plan_of(packed)
