@@ -262,10 +262,10 @@ class Checkpoint:
         _release(mapped)
         return rows
 
-    def columns(self, name: str, start: int, stop: int) -> Tensor:
-        """Columns [start, stop) of a matrix as it is stored, copied; pages are given back."""
+    def columns(self, name: str, which: slice | Tensor) -> Tensor:
+        """Columns of a matrix as it is stored, copied; pages are given back."""
         mapped = self.mapped(name)
-        part = mapped[:, start:stop].clone().contiguous()
+        part = mapped[:, which].clone().contiguous()
         _release(mapped)
         return part
 
@@ -380,13 +380,15 @@ def _release(mapped: Tensor) -> None:
 class Weight:
     """Where a module's parameter comes from: tensors of a checkpoint, one below the other.
 
-    parts: (name, shape) each; transform: of a single whole tensor, for small ones. `check` raises
-    CheckpointError for a tensor that is missing or has another shape.
+    parts: (name, shape) each; transform: of a single whole tensor, for small ones; own: its quantised parts
+    where packed.presorted changed them. `check` raises CheckpointError for a tensor that is missing or has
+    another shape.
     """
 
     checkpoint: Checkpoint
     parts: tuple[tuple[str, tuple[int, ...]], ...]
     transform: Callable[[Tensor], Tensor] | None = None
+    own: tuple[Quantised, ...] = ()
 
     def check(self) -> None:
         for name, shape in self.parts:
@@ -394,7 +396,9 @@ class Weight:
 
     def quantised(self) -> list[Quantised | None]:
         """How each part is stored; nothing where a transform makes the weight."""
-        return [] if self.transform else [self.checkpoint.quantised(name) for name, _ in self.parts]
+        if self.transform is not None:
+            return []
+        return list(self.own) or [self.checkpoint.quantised(name) for name, _ in self.parts]
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows [start, stop) as float32."""

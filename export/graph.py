@@ -91,10 +91,13 @@ class GraphPlan:
     def of_decoder(cls, plan: Plan, made_for: Target, precision: str) -> GraphPlan:
         from .attention import LOWERINGS, Graph, specs
         from .decoder import Decoder, constants
-        from .packed import apart
+        from .packed import apart, presorted
 
         lowering = made_for.attention
         script = made_for.kind == "torchscript"
+        weights = apart(plan.decoder_weights) if precision == "int4" else plan.decoder_weights
+        if made_for.kind == "cpu" and precision == "int4":
+            weights = presorted(weights)
         inputs, outputs = specs(lowering, plan.decoder, made_for.dtype(precision), metadata=not script)
 
         def make() -> nn.Module:
@@ -107,7 +110,7 @@ class GraphPlan:
         return cls(
             make=make,
             root="decoder.",
-            weights=apart(plan.decoder_weights) if precision == "int4" else plan.decoder_weights,
+            weights=weights,
             constants=constants(plan.decoder),
             inputs=inputs,
             outputs=outputs[:1] if script else outputs,

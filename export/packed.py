@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -158,6 +159,8 @@ class Int4:
 
     order: int64 [in], the inputs sorted by group, or None where they lie so. block: how many inputs a product
     takes together, the largest part of a group up to 128; its blocks repeat a group's scale and zero point.
+    presorted: the layer's inputs come in that order; outputs: int64 [out], rows come in this one: only what
+    the function of that name gives.
     """
 
     def __init__(self, checkpoint: Checkpoint, quantised: Scheme, stem: str):
@@ -182,6 +185,8 @@ class Int4:
                     f"{checkpoint.path}: tensor {stem}{part} is {found}, expected {' or '.join(types)}"
                 )
         self.order = self._order() if quantised.ordered or checkpoint.stores(stem + "g_idx") else None
+        self.presorted = False
+        self.outputs: Tensor | None = None
         # parts of one layer with equal keys make one product
         self.key = (self.block, None if self.order is None else self.order.numpy().tobytes())
 
@@ -204,20 +209,18 @@ class Int4:
         """Rows [start, stop): q uint8 [n, in] in the inputs' `order`, scales float32 [n, groups], zero points
         uint8 [n, groups]."""
         take = self.checkpoint.columns
-        low, high = start // 8, -(-stop // 8)
-        rows = slice(start - 8 * low, stop - 8 * low)
-        zeros = unpack(take(self.stem + "qzeros", low, high))
+        rows = slice(start, stop) if self.outputs is None else self.outputs[start:stop]
+        zeros = unpack(take(self.stem + "qzeros", slice(None)))
         if self.scheme.method == "gptq":
-            q = unpack(take(self.stem + "qweight", start, stop).t().contiguous())
+            q = unpack(take(self.stem + "qweight", rows).t().contiguous())
             zeros = (zeros + self.scheme.offset) & 15
         else:
             zeros = zeros.unflatten(1, (-1, 8))[..., PLACES].flatten(1)
-            q = unpack(take(self.stem + "qweight", low, high)).unflatten(1, (-1, 8))[..., PLACES].flatten(1)
-            q = q[:, rows].t()
+            q = unpack(take(self.stem + "qweight", slice(start // 8, -(-stop // 8))))
+            q = q.unflatten(1, (-1, 8))[..., PLACES].flatten(1)[:, start % 8 :][:, : stop - start].t()
         if self.order is not None:
             q = q.index_select(1, self.order)
-        scales = take(self.stem + "scales", start, stop).float().t()
-        return q, scales, zeros[:, rows].t()
+        return q, take(self.stem + "scales", rows).float().t(), zeros[:, rows].t()
 
     def read(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop) as float32 [n, in], exactly."""
@@ -306,6 +309,31 @@ def apart(weights: dict[str, Weight]) -> dict[str, Weight]:
         else:
             result[name] = weight
     return result
+
+
+def presorted(weights: dict[str, Weight]) -> dict[str, Weight]:
+    """The decoder's weights with the outputs of `gate_up` in the order in which `down` wants its inputs, so
+    that no step sorts these."""
+    result = dict(weights)
+    for name in weights:
+        above = name.replace("down.weight", "gate_up.weight")
+        down, gate_up = alike(weights[name]), alike(weights.get(above))
+        plain = above.replace("weight", "bias") not in weights
+        if (
+            name != above and plain and isinstance(gate_up, Int4)
+            and isinstance(down, Int4) and down.order is not None
+        ):  # fmt: skip
+            result[name] = replace(weights[name], own=(_changed(down, presorted=True),))
+            both = (_changed(part, outputs=down.order) for part in weights[above].quantised())
+            result[above] = replace(weights[above], own=tuple(both))
+    return result
+
+
+def _changed(part: Quantised | None, **fields: Any) -> Int4:
+    assert isinstance(part, Int4)
+    changed = copy(part)
+    changed.__dict__.update(fields)
+    return changed
 
 
 def spans(weight: Weight, elements: int = CHUNK) -> Iterator[tuple[Any, int, int]]:

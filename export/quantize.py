@@ -127,7 +127,7 @@ class Sort(nn.Module):
 
     def __init__(self, own: Int4 | None):
         super().__init__()
-        mixed = own is not None and own.order is not None
+        mixed = own is not None and own.order is not None and not own.presorted
         self.register_buffer("order", torch.empty(own.shape[1], dtype=torch.int64) if own and mixed else None)
 
     def forward(self, x: Tensor) -> Tensor:
