@@ -235,11 +235,13 @@ class Checkpoint:
         return self.mapped(name).nbytes
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raises CheckpointError unless the tensor is there, with this shape."""
+        """Raises CheckpointError unless the tensor is there, with this shape, and may be read."""
         if (found := self.shape(name)) != shape:
             raise CheckpointError(
                 f"{self.path}: tensor {name} has shape {list(found)}, expected {list(shape)}"
             )
+        if self.stores(name) and self.dtype(name) == "float8_e4m3fn" and not self.quantised(name):
+            raise CheckpointError(f"{self.path}: tensor {name} is float8, quantization_config says no fp8")
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows [start, stop) of a tensor as float32, copied; integers keep their type.

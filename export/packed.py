@@ -154,6 +154,13 @@ def find(checkpoint: Checkpoint, quantised: Scheme, name: str) -> Quantised | No
     return Fp8(checkpoint, quantised, stem)
 
 
+def _matrix(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
+    shape = checkpoint.mapped(name).shape
+    if len(shape) != 2:
+        raise CheckpointError(f"{checkpoint.path}: tensor {name} has shape {list(shape)}, expected a matrix")
+    return shape[0], shape[1]
+
+
 class Int4:
     """A weight [out, in] of GPTQ or AWQ.
 
@@ -165,13 +172,8 @@ class Int4:
 
     def __init__(self, checkpoint: Checkpoint, quantised: Scheme, stem: str):
         self.checkpoint, self.scheme, self.stem = checkpoint, quantised, stem
-        stored = checkpoint.mapped(stem + "qweight").shape
-        if len(stored) != 2:
-            raise CheckpointError(
-                f"{checkpoint.path}: tensor {stem}qweight has shape {list(stored)}, expected two numbers"
-            )
-        gptq = quantised.method == "gptq"
-        outputs, inputs = (stored[1], 8 * stored[0]) if gptq else (8 * stored[1], stored[0])
+        rows, columns = _matrix(checkpoint, stem + "qweight")
+        outputs, inputs = (columns, 8 * rows) if quantised.method == "gptq" else (8 * columns, rows)
         self.shape = (outputs, inputs)
         self.group = quantised.group if quantised.group > 0 else -(-inputs // BLOCK) * BLOCK
         self.groups = -(-inputs // self.group)
@@ -250,7 +252,7 @@ class Fp8:
 
     def __init__(self, checkpoint: Checkpoint, quantised: Scheme, stem: str):
         self.checkpoint, self.name = checkpoint, stem + "weight"
-        self.shape = rows, columns = checkpoint.mapped(self.name).shape
+        self.shape = rows, columns = _matrix(checkpoint, self.name)
         inverse = checkpoint.stores(self.name + "_scale_inv")
         name = self.name + ("_scale_inv" if inverse else "_scale")
         if (found := checkpoint.dtype(name)) not in ("float16", "bfloat16", "float32"):

@@ -492,6 +492,7 @@ def test_asymmetric_zero_points_under_sym_are_refused(tmp_path: Path):
     ("gptq-act", lambda t: t.pop("x.g_idx"), ["x.g_idx", "missing"]),
     ("gptq", lambda t: t.update({"x.qzeros": t["x.qzeros"][:1]}), ["x.qzeros", "[1, 8]", "expected [2, 8]"]),
     ("gptq", lambda t: t.update({"x.qweight": t["x.qweight"].half()}), ["x.qweight", "float16", "int32"]),
+    ("gptq", lambda t: t.update({"x.qweight": t["x.qweight"][0]}), ["x.qweight", "[64]", "a matrix"]),
     ("gptq", lambda t: t["x.g_idx"].fill_(7), ["x.g_idx", "7 to 7", "there are 2"]),
     ("gptq", lambda t: t["x.g_idx"][:3].fill_(1), ["x.g_idx", "group 0", "125", "expected 128"]),
     ("awq-16", lambda t: t.pop("x.qzeros"), ["x.qzeros", "missing"]),
@@ -503,6 +504,13 @@ def test_asymmetric_zero_points_under_sym_are_refused(tmp_path: Path):
 def test_damage_is_named(name: str, change: Any, parts: list[str], tmp_path: Path):
     checkpoint, _ = layer(tmp_path, name, change=change)
     refused(CheckpointError, *parts, call=lambda: checkpoint.check("x.weight", (64, 256)))
+
+
+def test_float8_without_a_config_is_refused_as_its_scales_would_be_dropped(tmp_path: Path):
+    layer(tmp_path, "fp8-channel")
+    (tmp_path / "config.json").write_text("{}")
+    call = lambda: Checkpoint(tmp_path).check("x.weight", (64, 256))  # noqa: E731
+    refused(CheckpointError, "x.weight is float8", "quantization_config", call=call)
 
 
 @pytest.mark.parametrize("name, change, parts", [
