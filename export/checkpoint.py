@@ -1,7 +1,8 @@
 """Checkpoints: config files, and weights by name without loading them.
 
 Safetensors and PyTorch's .bin shards are memory-mapped; a read copies only the rows asked for, and gives
-the mapped pages back. Pickles are read weights-only.
+the mapped pages back. Pickles are read weights-only. Quantised weights (packed.py) are read as the float32
+numbers that they stand for.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,8 @@ from ..errors import CheckpointError, MissingDependency
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from .packed import Quantised, Scheme
 
 LEGACY_LIMIT = 2 * 2**30  # bytes of a pickle from before torch 1.6, which cannot be mapped
 
@@ -127,6 +131,37 @@ class Checkpoint:
         self.config = self.json("config.json", required=True)
         self._tensors: dict[str, dict[str, Tensor]] = {}  # of the shards opened so far
         self._shard_of = self._find()  # tensor name → file
+        self._quantised: dict[str, Quantised | None] = {}  # of the weights asked for so far
+
+    @cached_property
+    def scheme(self) -> Scheme | None:
+        """How the checkpoint is quantised; raises what packed.scheme does."""
+        from .packed import scheme
+
+        return scheme(self.config) if "quantization_config" in self.config else None
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        """The model's tensors, as keys."""
+        if self.scheme is None:
+            return self._shard_of
+        from .packed import names
+
+        return dict.fromkeys(names(self._shard_of, self.scheme), "")
+
+    def quantised(self, name: str) -> Quantised | None:
+        """How a weight is stored, if it is quantised."""
+        if self.scheme is None:
+            return None
+        if name not in self._quantised:
+            from .packed import find
+
+            self._quantised[name] = find(self, self.scheme, name)
+        return self._quantised[name]
+
+    def stores(self, name: str) -> bool:
+        """Whether the files have a tensor of that name."""
+        return name in self._shard_of
 
     def json(self, name: str, required: bool = False) -> Fields:
         """A JSON file of the folder; empty when it is not there and not required."""
@@ -173,12 +208,13 @@ class Checkpoint:
         return self._tensors[shard]
 
     def __contains__(self, name: str) -> bool:
-        return name in self._shard_of
+        return name in self._names
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._shard_of)
+        return iter(self._names)
 
-    def _mapped(self, name: str) -> Tensor:
+    def mapped(self, name: str) -> Tensor:
+        """A tensor as it is stored, mapped from its file."""
         if name not in self._shard_of:
             raise CheckpointError(f"{self.path}: tensor {name} is missing")
         shard = self._shard_of[name]
@@ -188,36 +224,52 @@ class Checkpoint:
         return tensors[name]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._mapped(name).shape)
+        quantised = self.quantised(name)
+        return quantised.shape if quantised else tuple(self.mapped(name).shape)
 
     def dtype(self, name: str) -> str:
         """"float16", "bfloat16", "float32", …"""
-        return str(self._mapped(name).dtype).removeprefix("torch.")
+        return str(self.mapped(name).dtype).removeprefix("torch.")
 
     def bytes(self, name: str) -> int:
-        return self._mapped(name).nbytes
+        return self.mapped(name).nbytes
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raises CheckpointError unless the tensor is there, with this shape."""
+        """Raises CheckpointError unless the tensor is there, with this shape, and may be read."""
         if (found := self.shape(name)) != shape:
             raise CheckpointError(
                 f"{self.path}: tensor {name} has shape {list(found)}, expected {list(shape)}"
             )
+        if self.stores(name) and self.dtype(name) == "float8_e4m3fn" and not self.quantised(name):
+            raise CheckpointError(f"{self.path}: tensor {name} is float8, quantization_config says no fp8")
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows [start, stop) of a tensor as float32, copied; integers keep their type.
 
         The pages of the map that were read are given back.
         """
+        if quantised := self.quantised(name):
+            return quantised.read(*slice(start, stop).indices(quantised.shape[0])[:2])
+        return self.stored(name, start, stop)
+
+    def stored(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """As `read`, without the scales of an fp8 weight."""
         import torch
 
-        mapped = self._mapped(name)
+        mapped = self.mapped(name)
         if mapped.dim():
             mapped = mapped[start:stop]
         dtype = torch.float32 if mapped.is_floating_point() else mapped.dtype
         rows = mapped.to(dtype, copy=True).contiguous()
         _release(mapped)
         return rows
+
+    def columns(self, name: str, which: slice | Tensor) -> Tensor:
+        """Columns of a matrix as it is stored, copied; pages are given back."""
+        mapped = self.mapped(name)
+        part = mapped[:, which].clone().contiguous()
+        _release(mapped)
+        return part
 
     def parameters(self) -> int:
         return sum(math.prod(self.shape(name)) for name in self)
@@ -241,7 +293,7 @@ def _safetensors(file: Path) -> dict[str, Tensor]:
     types = {
         "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
         "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-        "U8": torch.uint8, "BOOL": torch.bool,
+        "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
     }  # fmt: skip
     size = file.stat().st_size
     try:
@@ -330,17 +382,25 @@ def _release(mapped: Tensor) -> None:
 class Weight:
     """Where a module's parameter comes from: tensors of a checkpoint, one below the other.
 
-    parts: (name, shape) each; transform: of a single whole tensor, for small ones. `check` raises
-    CheckpointError for a tensor that is missing or has another shape.
+    parts: (name, shape) each; transform: of a single whole tensor, for small ones; own: its quantised parts
+    where packed.presorted changed them. `check` raises CheckpointError for a tensor that is missing or has
+    another shape.
     """
 
     checkpoint: Checkpoint
     parts: tuple[tuple[str, tuple[int, ...]], ...]
     transform: Callable[[Tensor], Tensor] | None = None
+    own: tuple[Quantised, ...] = ()
 
     def check(self) -> None:
         for name, shape in self.parts:
             self.checkpoint.check(name, shape)
+
+    def quantised(self) -> list[Quantised | None]:
+        """How each part is stored; nothing where a transform makes the weight."""
+        if self.transform is not None:
+            return []
+        return list(self.own) or [self.checkpoint.quantised(name) for name, _ in self.parts]
 
     def read(self, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows [start, stop) as float32."""

@@ -13,13 +13,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import __version__
 from ..errors import (
     BundleError,
     CheckpointError,
     MissingDependency,
-    NotSupportedYet,
     UserError,
 )
 from . import bundle as bundles
@@ -28,6 +28,9 @@ from .checkpoint import Checkpoint, Weight, resolve, size_text
 from .families import FAMILIES, Options, Plan, detect
 from .graph import GraphPlan, Progress, Writer
 from .target import Target, check_precision, target
+
+if TYPE_CHECKING:
+    from .packed import Scheme
 
 EXPORTER = "2"  # raise it when the same checkpoint and options give another bundle
 WORKING = 2**30  # bytes of memory that an export takes beside its largest chunk
@@ -55,13 +58,13 @@ def export(
     """Export a checkpoint folder or hub id to the bundle folder `output`, and open that.
 
     model: the family, checked against the checkpoint. backend, device, kv_cache: what will run it, see
-    target.py. precision: of the decoder's linear layers, head and embedding; "auto" is bf16 for a GPU, and
-    on a CPU int4 above two billion parameters and fp32 below. vision_precision: of the image encoder's
-    linear layers; default as exact as the decoder's activations. vision_tower, conversation, tokenizer: in
-    place of what the checkpoint names. calibration: JSONL of prompts for fp8 and int8 engines, see
-    calibrate.py. output: default `./<name>-<backend>-<precision>`; a bundle of the
-    same checkpoint and options that is already there is kept, unless `force`. A failed export leaves
-    nothing behind.
+    target.py. precision: of the decoder's linear layers, head and embedding; "auto" is what a quantised
+    checkpoint has (packed.py), else bf16 for a GPU, and on a CPU int4 above two billion parameters and fp32
+    below. vision_precision: of the image encoder's linear layers; default as exact as the decoder's
+    activations. vision_tower, conversation, tokenizer: in place of what the checkpoint names. calibration:
+    JSONL of prompts for fp8 and int8 engines, see calibrate.py. output: default
+    `./<name>-<backend>-<precision>`; a bundle of the same checkpoint and options that is already there is
+    kept, unless `force`. A failed export leaves nothing behind.
 
     Raises CheckpointError (missing or damaged checkpoint), UnknownArchitecture, NotSupportedYet,
     BundleError (`output` is something else), UserError (impossible options; disk or memory too small).
@@ -86,19 +89,14 @@ def export(
     family, architecture = detect(source.config)
     if model not in (None, family):
         raise CheckpointError(f"{checkpoint} is a {family} checkpoint, --model is {model!r}")
-    if "quantization_config" in source.config:
-        method = source.config["quantization_config"].get("quant_method")
-        raise NotSupportedYet(
-            f"{checkpoint} is quantised with {method!r}, which is not supported yet: "
-            "export the unquantised checkpoint"
-        )
+    own = source.scheme
     options = Options(max_seq_len, vision_tower, conversation, tokenizer, revision)
     plan = FAMILIES[family].plan(source, options)
     for weight in plan.decoder_weights.values():
         weight.check()
 
     count = _parameters(plan.decoder_weights) + _parameters(plan.vision_weights)
-    precision = made_for.precision(precision, count)
+    precision = made_for.precision(precision, count, own)
     vision_precision = made_for.vision_precision(vision_precision, precision)
     ranged = made_for.kind == "engine" and bool({precision, vision_precision} & {"fp8", "int8"})
     if calibration and not ranged:
@@ -121,6 +119,8 @@ def export(
         tools=_tools(),
     )
     tell(Progress(f"{name}: {family}, {architecture}, {_count(count)} parameters"))
+    if own:
+        tell(Progress(_own(own, precision, made_for)))
     if (kept := _kept(final, origin, tell)) and not force:
         tell(Progress(f"{final} is already the export of this checkpoint (--force redoes it)"))
         return kept
@@ -135,11 +135,12 @@ def export(
     _check_space(final, total, twice, precision, made_for, WORKING * (2 if ranged else 1), tell)
     if ranged:
         from .calibrate import calibrate
+        from .qdq import static_ranges
 
         data = Path(calibration) if calibration else None
         ranges = calibrate(plan, data, precision in ("fp8", "int8"), lambda text: tell(Progress(text)))
         for graph, seen in zip(graphs.values(), ranges, strict=True):
-            graph.ranges = seen
+            graph.ranges = {**seen, **(static_ranges(graph.weights) if precision == "fp8" else {})}
     writer = Writer(total, tell)
     try:
         with bundles.writing(final) as folder:
@@ -207,6 +208,18 @@ class StderrProgress:
             f"{p.text[:36]:36} {p.done / p.total:4.0%} of {size_text(p.total)}, {p.rate / 1e6:.0f} MB/s, "
             f"{int(p.left) // 60}:{int(p.left) % 60:02} left"
         )
+
+
+def _own(own: Scheme, precision: str, made_for: Target) -> str:
+    """What becomes of the checkpoint's quantisation."""
+    text = f"the checkpoint is quantised: {own.method}, {own.precision}"
+    if precision != own.precision:
+        return f"{text}; it is dequantised and stored as {precision}"
+    if not own.engine and made_for.kind == "engine":
+        return f"{text}; it is quantised anew: an engine's int4 is symmetric, in groups of 64 or 128"
+    if own.block:
+        return f"{text} in blocks of {own.block[0]}×{own.block[1]}; it is quantised anew per output channel"
+    return f"{text}; its linear layers are kept"
 
 
 def _parameters(weights: Mapping[str, Weight]) -> int:

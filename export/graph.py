@@ -91,9 +91,13 @@ class GraphPlan:
     def of_decoder(cls, plan: Plan, made_for: Target, precision: str) -> GraphPlan:
         from .attention import LOWERINGS, Graph, specs
         from .decoder import Decoder, constants
+        from .packed import apart, presorted
 
         lowering = made_for.attention
         script = made_for.kind == "torchscript"
+        weights = apart(plan.decoder_weights) if precision == "int4" else plan.decoder_weights
+        if made_for.kind == "cpu" and precision == "int4":
+            weights = presorted(weights)
         inputs, outputs = specs(lowering, plan.decoder, made_for.dtype(precision), metadata=not script)
 
         def make() -> nn.Module:
@@ -106,7 +110,7 @@ class GraphPlan:
         return cls(
             make=make,
             root="decoder.",
-            weights=plan.decoder_weights,
+            weights=weights,
             constants=constants(plan.decoder),
             inputs=inputs,
             outputs=outputs[:1] if script else outputs,
@@ -120,6 +124,8 @@ class GraphPlan:
     @property
     def bytes(self) -> int:
         """Size of the data file, nearly."""
+        from .packed import Int4, alike
+
         per_weight = {
             "fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "rows": 1.0, "qdq": 0.5 + 2 / 64,
             "int8": 1 + 4 / 32 + 1 / 32, "int4": 0.5 + 4 / 32 + 0.5 / 32,
@@ -133,7 +139,8 @@ class GraphPlan:
             kind = quantised if len(weight.parts[0][1]) == 2 else "fp32"
             if kind in ("fp8", "rows", "qdq") and name in ("embed.weight", "head.weight"):
                 kind = "bf16"
-            size += elements * per_weight[kind]
+            own = alike(weight) if kind == "int4" else None
+            size += elements * (0.5 + 4.5 / own.block if isinstance(own, Int4) else per_weight[kind])
         return int(size) + sum(t.nbytes for t in self.constants.values())
 
     def write(self, folder: Path, key: str, writer: Writer) -> GraphSpec:
@@ -168,11 +175,14 @@ class GraphPlan:
         # example sizes differ, so that no two dynamic dimensions are taken for one; none is 0 or 1
         names = sorted({d for spec in self.inputs for d in spec.shape if isinstance(d, str)})
         example = {name: 5 + 2 * i for i, name in enumerate(names)}
+        for weight in self.weights.values():
+            weight.quantised()  # what it reads to know that would be fake below
         with _quiet(), FakeTensorMode():
             module = self.make().eval().requires_grad_(False)
             ranges = {self.root + name: seen for name, seen in self.ranges.items()}
+            weights = {self.root + name: weight for name, weight in self.weights.items()}
             stored = swap(
-                module, self.precision, self.kind, transposed=self.transposed, ranges=ranges
+                module, self.precision, self.kind, transposed=self.transposed, ranges=ranges, weights=weights
             )
             tensors, dynamic = [], []
             for spec in self.inputs:
@@ -248,7 +258,8 @@ class GraphPlan:
         import torch
         from onnx_ir import tensor_adapters
 
-        from . import qdq
+        from . import packed, qdq
+        from .quantize import quantize
 
         waiting = {n: v for n, v in model.graph.initializers.items() if v.const_value is None}
         offset = 0
@@ -271,26 +282,32 @@ class GraphPlan:
             if name not in waiting:
                 continue  # written with its weight
             short = name.removeprefix(self.root)
-            base = re.sub(r"\.(scales|zero_points|input_scale)$", ".weight", short)
+            base = re.sub(r"\.(scales|zero_points|input_scale|sort\.order)$", ".weight", short)
             kind = stored.get(self.root + base, "plain")
+            stem = self.root + base.removesuffix("weight")
             if short in self.constants:
                 writer.put(file, place(name), self.constants[short], key, short)
             elif base not in self.weights:
                 raise InternalError(f"{key} graph: nothing fills the tensor {name}")
-            elif kind in ("int4", "int8"):
+            elif kind in ("int4", "int8") or (kind == "own-int4" and self.kind == "cpu"):
                 places = [place(self.root + base)]
-                stem = self.root + base.removesuffix("weight")
                 places += [place(stem + part) for part in ("scales", "zero_points")]
-                writer.put_quantized(file, places, self.weights[base], int(kind[3:]), key, base)
-            elif kind.startswith("qdq-"):
-                stem = self.root + base.removesuffix("weight")
+                weight = self.weights[base]
+                if kind == "own-int4":
+                    pieces = (part.packed(low, high) for part, low, high in packed.spans(weight))
+                else:
+                    pieces = (quantize(rows, int(kind[3:])) for rows in weight.chunks())
+                writer.put_quantized(file, places, pieces, key, base)
+            elif kind.startswith(("qdq-", "own-")):
                 value = waiting[stem + "weight"]
                 assert value.shape is not None
-                if kind == "qdq-int4":
+                if kind.endswith("int4"):
                     value.dtype = ir.DataType.INT4
                 places = [place(stem + part) for part in ("weight", "scales")]
                 width = int(value.shape.numpy()[1])
-                writer.put_qdq(file, places, self.weights[base], kind[4:], width, key, base)
+                weight = self.weights[base]
+                columns = qdq.columns(weight, kind[4:]) if kind[0] == "q" else qdq.own_columns(weight)
+                writer.put_qdq(file, places, columns, width, key, base)
                 if stem + "input_scale" in waiting:
                     amax = self.ranges[base.removesuffix(".weight")].amax
                     scale = qdq.scale_of(torch.tensor(amax), kind[4:])
@@ -305,6 +322,10 @@ class GraphPlan:
                     writer.put_transposed(file, place(name), self.weights[base], dtype, width, key, base)
                 else:
                     writer.put_rows(file, place(name), self.weights[base], dtype, key, base)
+            if stem + "sort.order" in waiting:
+                own = packed.alike(self.weights[base])
+                assert isinstance(own, packed.Int4) and own.order is not None
+                writer.put(file, place(stem + "sort.order"), own.order, key, base)
             if file.tell() != offset:
                 raise InternalError(f"{key} graph: {name} was stored with another size than its shape's")
 
@@ -357,13 +378,14 @@ class Writer:
         self.count(block.nbytes, key, name)
 
     def put_qdq(
-        self, file: Any, places: list[int], weight: Weight, precision: str, width: int, key: str, name: str
-    ) -> None:
+        self, file: Any, places: list[int], columns: Iterator[tuple[int, Tensor, Tensor]], width: int,
+        key: str, name: str,
+    ) -> None:  # fmt: skip
         """A matrix [width, in] and its scales as qdq.columns cuts them."""
         from . import qdq
 
-        for start, q, scales in qdq.columns(weight, precision):
-            if precision == "int4":
+        for start, q, scales in columns:
+            if scales.dim() == 2:  # int4
                 self.put_columns(file, places[0], qdq.pack(q), start // 2, width // 2, key, name)
                 self.put_columns(file, places[1], scales, start, width, key, name)
             else:
@@ -371,12 +393,11 @@ class Writer:
                 self.put(file, places[1] + start * scales.dim() * 2, scales, key, name)
 
     def put_quantized(
-        self, file: Any, places: list[int], weight: Weight, bits: int, key: str, name: str
+        self, file: Any, places: list[int], pieces: Iterator[tuple[Tensor, ...]], key: str, name: str
     ) -> None:
-        from .quantize import quantize
-
-        for rows in weight.chunks():
-            for i, tensor in enumerate(quantize(rows, bits)):
+        """Chunks of rows as quantize.quantize gives them."""
+        for piece in pieces:
+            for i, tensor in enumerate(piece):
                 places[i] += self.put(file, places[i], tensor, key, name)
 
 

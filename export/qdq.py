@@ -10,10 +10,15 @@ along the dimension that is summed, an even number of them. What that leaves:
     int8  per tensor, amax / 127   per output channel, amax / 127
     int4  bfloat16                 per block of 64 inputs and output channel, amax / 7
 
+A checkpoint's own fp8 and symmetric int4 (packed.py) stay to the bit, with scales per output channel, or per
+block of 64 or 128 inputs and output channel; fp8 in blocks of inputs and outputs is none of the engine's
+granularities, and becomes amax / 448 per output channel. (TensorRT documents scales per channel, and not for
+which types its kernels take them: fp8's are to be seen on hardware.)
+
 Scales are bfloat16, and what is divided by them is divided by the stored number. The head, embeddings,
 convolutions and vision's attention stay bfloat16, and so do linear layers that a type cannot hold: int4's
 whose inputs are no whole blocks, int8's whose inputs have outliers (`LIMIT`; static scales of activations
-come from calibrate.py). Never run on real hardware yet.
+come from calibrate.py, or from an fp8 checkpoint). Never run on real hardware yet.
 
 nvidia-modelopt 0.47 is the well-kept way to the same graphs for a model that fits into memory: it wraps
 live torch modules, or loads a whole ONNX model into ONNX Runtime 1.24 (it pins onnx 1.21). Here a model
@@ -23,15 +28,17 @@ its searches (AWQ, SmoothQuant) can be run before, on the checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import CheckpointError
 from .checkpoint import CHUNK, Weight
-from .quantize import HalfLinear
+from .packed import Fp8, Int4, Quantised, spans
+from .quantize import HalfLinear, Sort
 
 BLOCK = 64
 TOP = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}
@@ -61,26 +68,43 @@ def holds(linear: nn.Linear, precision: str, seen: Range | None) -> bool:
     return precision == "fp8" or seen.amax <= LIMIT * seen.typical
 
 
+def keeps(own: Quantised | None, precision: str) -> bool:
+    """Whether a layer stays as the checkpoint has it."""
+    if precision == "fp8":
+        return isinstance(own, Fp8)
+    fits = isinstance(own, Int4) and own.scheme.engine and own.shape[1] % own.block == 0
+    return precision == "int4" and fits
+
+
 class QdqLinear(HalfLinear):
-    """Weights [in, out]; see the module. `input_scale` []: of activations, filled from the Range."""
+    """Weights [in, out]; see the module. `input_scale` []: of activations, filled from the Range.
+
+    own: the checkpoint's quantisation, which is kept.
+    """
 
     scales: Tensor
     input_scale: Tensor
 
-    def __init__(self, linear: nn.Linear, precision: str):
-        self.precision = precision
+    def __init__(self, linear: nn.Linear, precision: str, own: Quantised | None = None):
+        self.precision, self.own = precision, own
+        self.block = own.block if isinstance(own, Int4) else BLOCK
         super().__init__(linear, torch.bfloat16)
+        self.sort = Sort(own if isinstance(own, Int4) else None)
 
     def make(self, rows: int, columns: int) -> None:
         # an int4 weight is traced as int8: torch has no int4; `fill` stores two to the byte
         self.register_buffer("weight", torch.empty(columns, rows, dtype=STORED[self.precision]))
-        shape = {"fp8": (), "int8": (rows,), "int4": (columns // BLOCK, rows)}[self.precision]
+        shape = {"fp8": (), "int8": (rows,), "int4": (columns // self.block, rows)}[self.precision]
+        shape = (rows,) if isinstance(self.own, Fp8) else shape
         self.register_buffer("scales", torch.empty(shape, dtype=torch.bfloat16))
         if self.precision != "int4":
             self.register_buffer("input_scale", torch.empty((), dtype=torch.bfloat16))
 
     def product(self, x: Tensor) -> Tensor:
-        blocks = {"fp8": {}, "int8": {"axis": 1}, "int4": {"axis": 0, "block_size": BLOCK}}
+        x = self.sort(x)
+        blocks = {"fp8": {}, "int8": {"axis": 1}, "int4": {"axis": 0, "block_size": self.block}}
+        if isinstance(self.own, Fp8):
+            blocks["fp8"] = blocks["int8"]
         if self.precision != "int4":
             x = torch.onnx.ops.symbolic(
                 "QuantizeLinear", (x, self.input_scale), {"output_dtype": ONNX[self.precision]},
@@ -140,3 +164,40 @@ def columns(weight: Weight, precision: str) -> Iterator[tuple[int, Tensor, Tenso
             q = quantize(rows, scales, precision)
         yield start, q.t(), scales
         start += len(rows)
+
+
+def own_columns(weight: Weight) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """`columns` of a weight that `keeps`: scales [n] for fp8, [in / block, n] for int4, rounded to bfloat16.
+
+    Raises CheckpointError where a symmetric checkpoint has a zero point that is not 8.
+    """
+    start = 0
+    for part, low, high in spans(weight, 4 * CHUNK):
+        if isinstance(part, Int4):
+            q, scales, zeros = part.values(low, high)
+            if bool((zeros != 8).any()):
+                raise CheckpointError(
+                    f"{part.checkpoint.path}: tensor {part.stem}qzeros has zero points of "
+                    f"{int(zeros[zeros != 8][0])}, expected 8: quantization_config says sym"
+                )
+            q, scales = q.to(torch.int8) - 8, part.blocks(scales).t()
+        elif part.block is None:
+            q, scales = part.values(low, high)
+            q, scales = q.to(STORED["fp8"]), scales.squeeze(1)
+        else:
+            rows = part.read(low, high)
+            scales = scale_of(rows.abs().amax(1), "fp8")
+            q = quantize(rows, scales.unsqueeze(1), "fp8")
+        yield start, q.t(), scales.to(torch.bfloat16)
+        start += high - low
+
+
+def static_ranges(weights: Mapping[str, Weight]) -> dict[str, Range]:
+    """Of the inputs of fp8 linear layers whose checkpoint has an input_scale; the widest of merged ones."""
+    ranges = {}
+    for name, weight in weights.items():
+        scales = [part.input_scale for part in weight.quantised() if isinstance(part, Fp8)]
+        if scales and len(scales) == len(weight.parts) and None not in scales:
+            amax = TOP["fp8"] * max(scale or 0.0 for scale in scales)
+            ranges[name.removesuffix(".weight")] = Range(amax, amax)
+    return ranges

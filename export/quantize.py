@@ -1,6 +1,9 @@
 """What a precision makes of a module: `swap` puts others in the place of its linear layers, embeddings,
 convolutions and vision attention, and says how each weight is stored.
 
+A checkpoint's own int4 and fp8 (packed.py) are kept where the precision is theirs; what such a checkpoint has
+not quantised, its head and embedding mostly, is as the precision makes it of any other checkpoint.
+
 For the CPU: weights only, in blocks of 32 along a row, in ONNX Runtime's operators. A block has a float32
 scale and an unsigned zero point: weight ≈ (q − zero_point) · scale. On Gaussian weights the relative error
 is 8.1 % for 4 bits and 0.48 % for 8; symmetric blocks have 8.6 % (9.7 % without the unused value) and
@@ -25,6 +28,7 @@ from .vision import Attention
 
 if TYPE_CHECKING:
     from .checkpoint import Weight
+    from .packed import Int4
     from .qdq import Range
 
 BLOCK = 32
@@ -74,11 +78,11 @@ class _Quantized(nn.Module):
     scales: Tensor
     zero_points: Tensor
 
-    def __init__(self, rows: int, columns: int, bits: int, embedding: bool = False):
+    def __init__(self, rows: int, columns: int, bits: int, block: int = BLOCK, embedding: bool = False):
         super().__init__()
-        self.rows, self.columns, self.bits = rows, columns, bits
-        blocks = -(-columns // BLOCK)
-        size = BLOCK * bits // 8
+        self.rows, self.columns, self.bits, self.block = rows, columns, bits, block
+        blocks = -(-columns // block)
+        size = block * bits // 8
         # the bytes are the same, the operators want different shapes
         shape = (rows, -(-columns * bits // 8)) if embedding else (rows, blocks, size)
         self.register_buffer("weight", torch.empty(shape, dtype=torch.uint8))
@@ -87,13 +91,19 @@ class _Quantized(nn.Module):
 
 
 class QuantLinear(_Quantized):
-    """com.microsoft.MatMulNBits; accuracy level 4: the input is rounded to 8 bits per block."""
+    """com.microsoft.MatMulNBits; accuracy level 4: the input is rounded to 8 bits per block.
 
-    def __init__(self, linear: nn.Linear, bits: int):
-        super().__init__(linear.out_features, linear.in_features, bits)
+    own: the checkpoint's quantisation, which is kept. The operator's g_idx does not serve act-order: in ONNX
+    Runtime 1.32 it makes a product of 1024 × 1024 80 times slower on a CPU, and wrong beside zero points.
+    """
+
+    def __init__(self, linear: nn.Linear, bits: int, own: Int4 | None = None):
+        super().__init__(linear.out_features, linear.in_features, bits, own.block if own else BLOCK)
         self.bias = linear.bias
+        self.sort = Sort(own)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.sort(x)
         return torch.onnx.ops.symbolic(
             "com.microsoft::MatMulNBits",
             (x, self.weight, self.scales, self.zero_points, None, self.bias),
@@ -101,13 +111,42 @@ class QuantLinear(_Quantized):
                 "N": self.rows,
                 "K": self.columns,
                 "bits": self.bits,
-                "block_size": BLOCK,
+                "block_size": self.block,
                 "accuracy_level": 4,
             },
             dtype=x.dtype,
             shape=[*x.shape[:-1], self.rows],
             version=1,
         )
+
+
+class Sort(nn.Module):
+    """Inputs [..., in] in the order of their groups, where act-order has mixed those."""
+
+    order: Tensor | None
+
+    def __init__(self, own: Int4 | None):
+        super().__init__()
+        mixed = own is not None and own.order is not None and not own.presorted
+        self.register_buffer("order", torch.empty(own.shape[1], dtype=torch.int64) if own and mixed else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.order is None:
+            return x
+        return torch.onnx.ops.symbolic("Gather", (x, self.order), {"axis": -1}, dtype=x.dtype, shape=x.shape)
+
+
+class Parts(nn.Module):
+    """A linear layer whose outputs come from products that differ: see packed.apart."""
+
+    def __init__(self, linear: nn.Linear, rows: Sequence[int]):
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(linear.in_features, n, bias=False) for n in rows)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([part(x) for part in self.parts], -1)
+        return x if self.bias is None else x + self.bias
 
 
 class QuantEmbedding(_Quantized):
@@ -251,22 +290,30 @@ def swap(
     transposed: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     ranges: Mapping[str, Range] | None = None,
+    weights: Mapping[str, Weight] | None = None,
 ) -> dict[str, str]:
     """Swap linear layers, embeddings, convolutions and vision attention for the modules above, in place.
 
     target: "cpu" (ONNX Runtime's operators), "engine" (ONNX for a GPU, weights [in, out]) or "torchscript"
     (weights [out, in]). `transposed`: linear layers that stay float32 in a CPU graph (TransposedLinear).
     `dtype`: of products in TorchScript whose weights alone are int8. `ranges`: of the inputs of the linear
-    layers, by their names in `module`, for fp8 and int8 engines; ValueError where one is missing.
+    layers, by their names in `module`, for fp8 and int8 engines; ValueError where one is missing. `weights`:
+    by parameter, for those that come quantised; `packed.apart` has been over them.
 
     Returns how each weight must be stored, in its parameter's dtype: name → "int4" or "int8" (`quantize`;
     `x.weight` becomes `x.weight`, `x.scales` and `x.zero_points`), "rows" (`quantize_rows`; `x.weight` and
-    `x.scales`), "qdq-fp8", "qdq-int8" or "qdq-int4" (qdq.columns; likewise, and `x.input_scale`) or
-    "transposed"; those not named are stored as they are. A head that is tied to the embedding stays so in
-    16 bits: one parameter, [vocab, hidden].
+    `x.scales`), "qdq-fp8", "qdq-int8" or "qdq-int4" (qdq.columns; likewise, and `x.input_scale`), "own-int4"
+    or "own-fp8" (the checkpoint's, for the same modules; and `x.sort.order`) or "transposed"; those not named
+    are stored as they are. A head that is tied to the embedding stays so in 16 bits: one parameter,
+    [vocab, hidden].
     """
-    from . import qdq
+    from . import packed, qdq
 
+    weights = weights or {}
+    for name, child in list(module.named_modules()):
+        if f"{name}.parts.0.weight" in weights and isinstance(child, nn.Linear):
+            parts = (w.parts[0][1][0] for n, w in weights.items() if n.startswith(f"{name}.parts."))
+            module.set_submodule(name, Parts(child, list(parts)))
     wide, exact = _named(module, "WIDE"), _named(module, "EXACT")
     tied = {m.weight for m in module.modules() if isinstance(m, nn.Embedding)}
     halves: dict[Tensor, Tensor] = {}  # a table's parameter → the one in its place
@@ -280,10 +327,15 @@ def swap(
         if isinstance(child, nn.Linear):
             flip = transposed if target == "cpu" else target == "engine" and child.weight not in tied
             quantised = target == "engine" and precision in qdq.TOP and child not in exact
-            if target == "cpu" and precision in BITS:
+            own = packed.alike(weights.get(f"{name}.weight")) if precision in ("int4", "fp8") else None
+            if target == "cpu" and precision == "int4" and isinstance(own, packed.Int4):
+                new, kind = QuantLinear(child, 4, own), "own-int4"
+            elif target == "cpu" and precision in BITS:
                 new, kind = QuantLinear(child, BITS[precision]), precision
             elif target == "torchscript" and precision == "int8":
                 new, kind = RowsLinear(child, half, wide=child in wide), "rows"
+            elif quantised and qdq.keeps(own, precision):
+                new, kind = qdq.QdqLinear(child, precision, own), f"own-{precision}"
             elif quantised and qdq.holds(child, precision, (ranges or {}).get(name)):
                 new, kind = qdq.QdqLinear(child, precision), f"qdq-{precision}"
             elif half != torch.float32:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
+
+if TYPE_CHECKING:
+    from .packed import Scheme
 
 PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8", "int4")
 BACKENDS = ("onnxruntime", "torchscript", "tensorrt")
@@ -26,10 +30,17 @@ class Target:
     kind: str
     precisions: tuple[str, ...]
 
-    def precision(self, wanted: str, parameters: int) -> str:
-        """The precision for "auto"; others as they are."""
+    def precision(self, wanted: str, parameters: int, own: Scheme | None = None) -> str:
+        """The precision for "auto"; others as they are.
+
+        own: the checkpoint's quantisation, which is kept where the target has it; a CPU takes int8 for fp8.
+        """
         if wanted != "auto":
             return wanted
+        if own and self.kind == "cpu":
+            return "int4" if own.precision == "int4" else "int8"
+        if own and own.engine and own.precision in self.precisions:
+            return own.precision
         if self.kind == "cpu":
             return "int4" if parameters > SMALL else "fp32"
         if self.kind == "torchscript":

@@ -1,7 +1,8 @@
 """Stage-by-stage parity of a bundle with its checkpoint's reference implementation, in float32.
 
 The reference is transformers' own model where it has one for the layout (llava-hf), and this package's
-plain torch modules otherwise: the same checkpoint tensors, no graph, no ONNX Runtime, no quantisation.
+plain torch modules otherwise: the same checkpoint tensors, no graph, no ONNX Runtime, no quantisation but the
+checkpoint's own, dequantised exactly.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ def verify(
     tell("loading the reference")
     reference: Reference = (
         _Transformers(source, plan)
-        if plan.architecture == "LlavaForConditionalGeneration"
+        if plan.architecture == "LlavaForConditionalGeneration" and source.scheme is None
         else _Torch(plan, Path(options.tokenizer or source.path))
     )
     report = Report(str(bundle), str(source.path), reference.name, opened.precision)

@@ -507,9 +507,9 @@ def test_an_impossible_option_is_refused_in_one_line(
             ["Qwen2VLForConditionalGeneration is not supported yet"],
         ),
         (
-            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
             NotSupportedYet,
-            ["'gptq'", "export the unquantised checkpoint"],
+            ["'bitsandbytes'", "export the unquantised checkpoint"],
         ),
         ({"hidden_size": 128}, CheckpointError, ["tensor", "has shape", "expected"]),
         ({"num_hidden_layers": 3}, CheckpointError, ["layers.1", "missing"]),

@@ -41,7 +41,7 @@ def weight_of(array: np.ndarray, rows: int = 6) -> Any:
     """A checkpoint's weight that is read in chunks of a few rows."""
     tensor = torch.from_numpy(array)
     return SimpleNamespace(
-        parts=(("", array.shape),), transform=None, chunks=lambda elements=0: iter(tensor.split(rows))
+        parts=(("", array.shape),), quantised=lambda: [], chunks=lambda elements=0: iter(tensor.split(rows))
     )
 
 
