@@ -125,11 +125,11 @@ class GraphPlan:
     def bytes(self) -> int:
         """Size of the data file, nearly."""
         from .packed import Int4, alike
-        from .quantize import BLOCKS
+        from .quantize import BLOCK
 
         per_weight = {
             "fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "rows": 1.0, "qdq": 0.5 + 2 / 64,
-            "int8": 1 + 5 / BLOCKS[8], "int4": 0.5 + 4.5 / BLOCKS[4],
+            "int8": 1 + 5 / BLOCK, "int4": 0.5 + 4.5 / BLOCK,
         }  # fmt: skip
         quantised = self.precision
         if self.kind != "cpu":

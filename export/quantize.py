@@ -4,12 +4,13 @@ convolutions and vision attention, and says how each weight is stored.
 A checkpoint's own int4 and fp8 (packed.py) are kept where the precision is theirs; what such a checkpoint has
 not quantised, its head and embedding mostly, is as the precision makes it of any other checkpoint.
 
-For the CPU: weights only, in blocks along a row, in ONNX Runtime's operators. A block has a float32 scale
-and an unsigned zero point: weight ≈ (q − zero_point) · scale. What a product reads of each block beside its
-values are two floats (the scale, and one for the zero point), so the size of a block decides about speed
-as well as about accuracy: 4 bits in blocks of 32 read 0.75 bytes a weight and have a relative error of 8.1 %
-on Gaussian weights, of 64 0.625 and 9.1 %, of 128 0.56 and 10.1 % (llama.cpp's Q4_0: 0.56 and 8.6 %);
-8 bits in blocks of 32 1.25 and 0.48 %, of 128 1.06 and 0.59 %.
+For the CPU: weights only, in blocks of 64 along a row, in ONNX Runtime's operators. A block has a float32
+scale and an unsigned zero point: weight ≈ (q − zero_point) · scale. A product reads two floats of a block
+beside its values, so 4 bits in blocks of 32 are 0.75 bytes a weight, of 64 0.625, of 128 0.56, and decode
+waits for bytes; the relative error on Gaussian weights is 8.1, 9.1 and 10.1 % (llama.cpp's Q4_0: 0.56 bytes,
+8.6 %). 8 bits are 1.25, 1.125 and 1.06 bytes, 0.48, 0.54 and 0.59 %; in blocks of 128 the bits of a row
+depend on how many rows there are (AVX-512 kernels of ONNX Runtime 1.32). Searching each scale among four
+wins 0.3 points of 4 bits and makes an export four times as long.
 
 For engines and TorchScript, 16 bits: a product has its operands in 16 bits and everything between two
 products is float32 (norms, softmax, rope, activations, residual sums), because the new modules take and
@@ -34,24 +35,23 @@ if TYPE_CHECKING:
     from .qdq import Range
 
 BITS = {"int4": 4, "int8": 8}
-BLOCKS = {4: 64, 8: 128}  # weights that share a scale, by bits
+BLOCK = 64  # weights that share a scale
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def quantize(weights: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """float32 [R, K] → packed uint8 [R, blocks, B · bits / 8], scales float32 [R, blocks],
+    """float32 [R, K] → packed uint8 [R, blocks, 64 · bits / 8], scales float32 [R, blocks],
     zero points uint8 [R, ceil(blocks · bits / 8)], as MatMulNBits stores them.
 
-    B = BLOCKS[bits], blocks = ceil(K / B); scale = (high − low) / (2^bits − 1) with low ≤ 0 ≤ high the block's
-    range, zero point = round(−low / scale), q = round(weight / scale) + zero point, halves to even. Values of
+    blocks = ceil(K / 64); scale = (high − low) / (2^bits − 1) with low ≤ 0 ≤ high the block's range,
+    zero point = round(−low / scale), q = round(weight / scale) + zero point, halves to even. Values of
     4 bits are packed low half first; a last, partial block is filled with zeros.
     """
     rows, columns = weights.shape
-    size = BLOCKS[bits]
-    if fill := -columns % size:
+    if fill := -columns % BLOCK:
         weights = nn.functional.pad(weights, (0, fill))
     top = 2**bits - 1
-    blocks = weights.reshape(rows, -1, size)
+    blocks = weights.reshape(rows, -1, BLOCK)
     low, high = torch.aminmax(blocks, dim=-1)
     low, high = low.clamp_max_(0), high.clamp_min_(0)
     scales = (high - low).div_(top)
@@ -81,10 +81,9 @@ class _Quantized(nn.Module):
     scales: Tensor
     zero_points: Tensor
 
-    def __init__(self, rows: int, columns: int, bits: int, block: int | None = None, embedding: bool = False):
+    def __init__(self, rows: int, columns: int, bits: int, block: int = BLOCK, embedding: bool = False):
         super().__init__()
-        self.rows, self.columns, self.bits = rows, columns, bits
-        self.block = block = block or BLOCKS[bits]
+        self.rows, self.columns, self.bits, self.block = rows, columns, bits, block
         blocks = -(-columns // block)
         size = block * bits // 8
         # the bytes are the same, the operators want different shapes
@@ -102,7 +101,7 @@ class QuantLinear(_Quantized):
     """
 
     def __init__(self, linear: nn.Linear, bits: int, own: Int4 | None = None):
-        super().__init__(linear.out_features, linear.in_features, bits, own.block if own else None)
+        super().__init__(linear.out_features, linear.in_features, bits, own.block if own else BLOCK)
         self.bias = linear.bias
         self.sort = Sort(own)
 
@@ -350,7 +349,7 @@ def swap(
                 new = TransposedLinear(child)
             kind = kind or ("transposed" if flip else "")
         elif isinstance(child, nn.Embedding):
-            if target == "cpu" and precision in BITS and not child.embedding_dim % BLOCKS[BITS[precision]]:
+            if target == "cpu" and precision in BITS and not child.embedding_dim % BLOCK:
                 new, kind = QuantEmbedding(child, BITS[precision]), precision
             elif half != torch.float32:
                 new = HalfEmbedding(child, half)

@@ -232,13 +232,20 @@ def split(step: Step) -> list[Step]:
 
 
 def paired(step: Step) -> Step:
-    """The step with no lone row in any matrix product: a token or a row of logits is there twice."""
+    """The step with no lone row in any matrix product: where their number is odd, the last is there twice.
+
+    Kernels take two rows at a time, and another computes the one that is left.
+    """
     twice: dict[str, Any] = {}
-    if len(step.input_ids) == 1:
-        twice = {n: np.repeat(getattr(step, n), 2) for n in ("input_ids", "positions", "rope_rows")}
-    if len(step.logits_rows) == 1:
-        twice["logits_rows"] = np.repeat(step.logits_rows, 2)
+    if len(step.input_ids) % 2:
+        twice = {n: _with_last_twice(getattr(step, n)) for n in ("input_ids", "positions", "rope_rows")}
+    if len(step.logits_rows) % 2:
+        twice["logits_rows"] = _with_last_twice(step.logits_rows)
     return dataclasses.replace(step, **twice)
+
+
+def _with_last_twice(rows: np.ndarray) -> np.ndarray:
+    return np.append(rows, rows[-1])
 
 
 def pad(step: Step, slot_tokens: int) -> dict[str, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Weights in blocks: what is packed is what ONNX Runtime computes with."""
+"""Weights in blocks of 64: what is packed is what ONNX Runtime computes with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from rtp_llm.export.quantize import (
-    BLOCKS,
+    BLOCK,
     QuantEmbedding,
     QuantLinear,
     RowsLinear,
@@ -41,7 +41,7 @@ def unpack(
     found = np.zeros((packed.shape[0], columns), np.float32)
     for row in range(packed.shape[0]):
         for column in range(columns):
-            block, place = divmod(column, BLOCKS[bits])
+            block, place = divmod(column, BLOCK)
             if bits == 8:
                 q, zero = int(packed[row, block, place]), int(zeros[row, block])
             else:
@@ -56,9 +56,9 @@ def unpack(
 @given(array=matrices)
 def test_dequantising_is_the_operators_formula(bits: int, array: np.ndarray):
     packed, scales, zeros = quantize(torch.from_numpy(array.copy()), bits)
-    blocks = -(-array.shape[1] // BLOCKS[bits])
+    blocks = -(-array.shape[1] // BLOCK)
     assert packed.dtype == zeros.dtype == torch.uint8 and scales.dtype == torch.float32
-    assert packed.shape == (len(array), blocks, BLOCKS[bits] * bits // 8)
+    assert packed.shape == (len(array), blocks, BLOCK * bits // 8)
     assert scales.shape == (len(array), blocks)
     assert zeros.shape == (len(array), -(-blocks * bits // 8))
     found = dequantize(packed, scales, zeros, array.shape[1], bits)
@@ -72,13 +72,12 @@ def test_dequantising_is_the_operators_formula(bits: int, array: np.ndarray):
 def test_no_weight_moves_by_more_than_one_step_and_zero_stays_zero(bits: int, array: np.ndarray):
     packed, scales, zeros = quantize(torch.from_numpy(array.copy()), bits)
     found = dequantize(packed, scales, zeros, array.shape[1], bits).numpy()
-    size = BLOCKS[bits]
-    for start in range(0, array.shape[1], size):
-        block = array[:, start : start + size]
+    for start in range(0, array.shape[1], BLOCK):
+        block = array[:, start : start + BLOCK]
         low, high = block.min(1).clip(max=0), block.max(1).clip(min=0)
         step = ((high - low) / (2**bits - 1))[:, None]
         # half a step of rounding, and half of the zero point where a value is cut at the range's end
-        assert (np.abs(found[:, start : start + size] - block) <= step * 1.001).all()
+        assert (np.abs(found[:, start : start + BLOCK] - block) <= step * 1.001).all()
     assert (found[array == 0] == 0).all()
 
 
@@ -88,7 +87,7 @@ def test_no_weight_moves_by_more_than_one_step_and_zero_stays_zero(bits: int, ar
 def test_values_that_four_or_eight_bits_can_hold_come_back_exactly(bits, data, rows, blocks):
     """Blocks that use their whole range: quantising is then undone without an error."""
     top = 2**bits - 1
-    shape = (rows, blocks, BLOCKS[bits])
+    shape = (rows, blocks, BLOCK)
     q = data.draw(hnp.arrays(np.int64, shape, elements=st.integers(0, top)))
     q[..., 0], q[..., 1] = 0, top
     zero = data.draw(hnp.arrays(np.int64, (rows, blocks, 1), elements=st.integers(0, top)))
@@ -97,7 +96,7 @@ def test_values_that_four_or_eight_bits_can_hold_come_back_exactly(bits, data, r
     np.testing.assert_array_equal(dequantize(*packed, weights.shape[1], bits).numpy(), weights)
 
 
-@pytest.mark.parametrize("bits, error", [(4, 0.091), (8, 0.0059)])
+@pytest.mark.parametrize("bits, error", [(4, 0.091), (8, 0.0054)])
 def test_the_error_on_gaussian_weights_is_what_the_module_says(bits: int, error: float):
     torch.manual_seed(0)
     weights = torch.randn(512, 1024)
@@ -133,13 +132,13 @@ def test_onnx_runtimes_matmul_computes_with_the_dequantised_weights(bits, rows, 
     weights = torch.randn(48, columns, generator=generator) + 0.3
     x = torch.randn(rows, columns, generator=generator)
     packed, scales, zeros = quantize(weights, bits)
-    attributes = {"N": 48, "K": columns, "bits": bits, "block_size": BLOCKS[bits], "accuracy_level": 4}
+    attributes = {"N": 48, "K": columns, "bits": bits, "block_size": BLOCK, "accuracy_level": 4}
     constants = {"w": packed.numpy(), "s": scales.numpy(), "z": zeros.numpy()}
     found = run("MatMulNBits", attributes, {"x": x.numpy()}, constants)
     dequantised = dequantize(packed, scales, zeros, columns, bits)
     expected = x @ dequantised.t()
     bound = torch.zeros_like(expected)
-    for xs, ws in zip(*(m.split(BLOCKS[bits], 1) for m in (x, dequantised)), strict=True):
+    for xs, ws in zip(*(m.split(BLOCK, 1) for m in (x, dequantised)), strict=True):
         bound += xs.abs().amax(1, keepdim=True) / 254 * ws.abs().sum(1)
     worst = (torch.from_numpy(found) - expected).abs() / (bound * 1.01 + 1e-4)
     assert float(worst.max()) < 1
@@ -149,13 +148,13 @@ def test_onnx_runtimes_matmul_computes_with_the_dequantised_weights(bits, rows, 
 
 
 @both
-@pytest.mark.parametrize("columns", [128, 256, 384])
+@pytest.mark.parametrize("columns", [64, 128, 192])
 def test_onnx_runtimes_gather_gives_the_dequantised_rows(bits: int, columns: int):
     weights = torch.randn(17, columns, generator=torch.Generator().manual_seed(1))
     packed, scales, zeros = quantize(weights, bits)
     stored = packed.flatten(1).numpy()  # as QuantEmbedding shapes it
     ids = np.array([3, 0, 16, 3], np.int64)
-    attributes = {"bits": bits, "block_size": BLOCKS[bits], "gather_axis": 0, "quantize_axis": 1}
+    attributes = {"bits": bits, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
     constants = {"w": stored, "s": scales.numpy(), "z": zeros.numpy()}
     attributes["order"] = ["w", "ids", "s", "z"]
     found = run("GatherBlockQuantized", attributes, {"ids": ids}, constants)
@@ -166,7 +165,7 @@ def test_onnx_runtimes_gather_gives_the_dequantised_rows(bits: int, columns: int
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.wide = nn.Embedding(10, 128)
+        self.wide = nn.Embedding(10, 64)
         self.odd = nn.Embedding(10, 40)
         self.inner = nn.Sequential(nn.Linear(40, 8), nn.LayerNorm(8), nn.Linear(8, 3, bias=False))
 
