@@ -1,13 +1,17 @@
 """How often a bundle of a sample checkpoint answers right, through the Pipeline: the yardstick of precisions.
 
-    python scripts/eval_sample.py BUNDLE [BUNDLE …] --scenes 300
+    python scripts/eval_sample.py FP32 [BUNDLE …] --scenes 300
 
-The scenes are held-out ones (scripts/shapes.py), asked as raw prompts and as chats, all in one batch.
+The scenes are held-out ones (scripts/shapes.py), asked as raw prompts and as chats, all in one batch. Every
+further bundle is compared with the first, question by question: how many answers are other ones (flips; of a
+box, whether it is right), how many of them were right only before (lost) or only after (won), and how likely
+so uneven a split of these would be if neither bundle were better (McNemar's exact test, two-sided).
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections import defaultdict
@@ -47,19 +51,29 @@ def right(q: shapes.Question, answer: str) -> bool:
     return shapes.overlap(answer, q.box) >= 0.5 if q.box else answer.strip() == q.answer
 
 
-def evaluate(bundle: str, scenes: int) -> tuple[dict[tuple[str, str], list[bool]], float]:
-    """(kind, form) → right or wrong, and the seconds that it took."""
+Scores = list[tuple[str, shapes.Question, str, bool]]
+
+
+def evaluate(bundle: str, scenes: int) -> tuple[Scores, float]:
+    """(form, question, answer, right or wrong) of every question, and the seconds that it took."""
     model = ModelFactory.from_huggingface(bundle)
     asked = list(requests(model.bundle.model.family, scenes))
-    scores: dict[tuple[str, str], list[bool]] = defaultdict(list)
+    scores: Scores = []
     start = time.monotonic()
     with Pipeline(model) as pipeline:
         for i, response in pipeline.batch(request for _, _, request in asked):
             if isinstance(response, Exception):
                 raise response
             form, q, _ = asked[i]
-            scores[q.kind, form].append(right(q, response.batch_response[0]))
+            answer = response.batch_response[0]
+            scores.append((form, q, answer, right(q, answer)))
     return scores, time.monotonic() - start
+
+
+def by_chance(lost: int, won: int) -> float:
+    """McNemar's exact test: the probability of a split at least as uneven, each side being equally likely."""
+    n = lost + won
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(lost, won) + 1)) / 2**n)
 
 
 def main() -> None:
@@ -69,15 +83,27 @@ def main() -> None:
     parser.add_argument("bundles", nargs="+", metavar="BUNDLE")
     parser.add_argument("--scenes", type=int, default=300)
     args = parser.parse_args()
+    first: Scores = []
     for bundle in args.bundles:
         scores, seconds = evaluate(bundle, args.scenes)
-        count = sum(map(len, scores.values()))
-        print(f"\n{bundle}: {count} questions in {seconds:.0f} s\n\n| question | raw | chat | of |")
+        found: dict[tuple[str, str], list[bool]] = defaultdict(list)
+        for form, q, _, good in scores:
+            found[q.kind, form].append(good)
+        print(f"\n{bundle}: {len(scores)} questions in {seconds:.0f} s\n\n| question | raw | chat | of |")
         print("| --- | ---: | ---: | ---: |")
-        for kind in dict.fromkeys(kind for kind, _ in scores):
-            raw, chat = (scores[kind, form] for form in ("raw", "chat"))
+        for kind in dict.fromkeys(kind for kind, _ in found):
+            raw, chat = (found[kind, form] for form in ("raw", "chat"))
             shares = " | ".join(f"{100 * sum(s) / len(s):.1f} %" for s in (raw, chat))
             print(f"| {kind} | {shares} | {len(raw)} |")
+        if not first:
+            first = scores
+            continue
+        lost = won = flips = 0
+        for (_, q, before, was), (_, _, now, good) in zip(first, scores, strict=True):
+            lost, won = lost + (was > good), won + (good > was)
+            flips += (was != good) if q.box else (before != now)
+        print(f"\nagainst {args.bundles[0]}: {100 * flips / len(scores):.2f} % flips, {lost} lost, {won} won, "
+              f"p = {by_chance(lost, won):.2g}")  # fmt: skip
 
 
 if __name__ == "__main__":
