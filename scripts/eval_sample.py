@@ -102,8 +102,8 @@ def main() -> None:
         for (_, q, before, was), (_, _, now, good) in zip(first, scores, strict=True):
             lost, won = lost + (was > good), won + (good > was)
             flips += (was != good) if q.box else (before != now)
-        print(f"\nagainst {args.bundles[0]}: {100 * flips / len(scores):.2f} % flips, {lost} lost, {won} won, "
-              f"p = {by_chance(lost, won):.2g}")  # fmt: skip
+        share, chance = 100 * flips / len(scores), by_chance(lost, won)
+        print(f"\nagainst {args.bundles[0]}: {share:.2f} % flips, {lost} lost, {won} won, p = {chance:.2g}")
 
 
 if __name__ == "__main__":
