@@ -4,9 +4,10 @@ Each layer's keys and values are one buffer [slots, kv_heads, 2 · slot_tokens, 
 contiguous slice of slots, which is bound as both past and present, so nothing is copied. Untouched pages
 of a buffer cost no memory, and a freed slot's pages go back to the system.
 
-One token of a sequence at a time and chunks of several take different kernels, whose last bits differ.
-Within each kind nothing depends on the other rows of a step, nor on where a prompt is cut: so decodes and
-chunks go through steps of their own, and an answer is the same to the bit whoever else is there. (Weights
+One token of a sequence and chunks of several would take different kernels of attention, whose last bits
+differ: so a lone token is there twice, and a decode gives the bits that its token has in any chunk. Nothing
+depends on the other rows of a step, nor on where a prompt is cut, nor on what was drafted: an answer is the
+same to the bit whoever else is there. (At int4 a lone row of a product has a kernel of its own. Weights
 that stay mapped are an exception: how their products are cut may depend on the rows and the threads.)
 """
 
@@ -51,6 +52,7 @@ class OnnxBackend:
     """
 
     mixes = paged = samples = False
+    drafts = True
 
     def __init__(
         self,
@@ -242,10 +244,11 @@ def pad(step: Step, slot_tokens: int) -> dict[str, np.ndarray]:
     """Inputs of the padded attention nodes, `gqa`'s and `linear`'s: B slots, from the first to the last one
     in use, × S = the longest row.
 
-    An idle slot is a row of no tokens. Contract: export/attention.py.
+    An idle slot is a row of no tokens. A row of one has it twice, the second time behind what is its own
+    in the cache, where the next step writes. Contract: export/attention.py.
     """
     low = step.slots[0]
-    n, longest = step.slots[-1] + 1 - low, max(step.counts)
+    n, longest = step.slots[-1] + 1 - low, max(2, *step.counts)
     # `linear` writes the cells of idle slots too: behind everything that a slot can hold
     write_indices = np.full(n, slot_tokens, np.int64)
     query_positions = np.zeros((n, longest), np.int64)
@@ -256,12 +259,12 @@ def pad(step: Step, slot_tokens: int) -> dict[str, np.ndarray]:
     packed_rows = np.zeros(len(step.input_ids), np.int64)
     at = 0
     for slot, past, count in zip(step.slots, step.pasts, step.counts, strict=True):
-        row = slot - low
-        lengths[row], totals[row] = count, past + count
+        row, width = slot - low, max(2, count)
+        lengths[row], totals[row] = width, past + width
         position_ids[row, :count] = step.rope_rows[at : at + count]
         query_positions[row, :count] = step.positions[at : at + count]
         write_indices[row] = past
-        pad_rows[row, :count] = np.arange(at, at + count)
+        pad_rows[row, :width] = np.arange(at, at + width) if count > 1 else at
         packed_rows[at : at + count] = row * longest + np.arange(count)
         at += count
     return {
