@@ -316,7 +316,7 @@ class Request:
                 rope_table=bundle.model.rope.table(len(self.ids)),
                 salt=self.salt,
                 leader=self.answers[0].sequence if self.answers else None,
-                lookup=PromptLookup(self.images) if p.speculative else None,
+                lookup=PromptLookup(self.ids, self.images) if p.speculative else None,
                 deadline=self.deadline,
             )
             matcher = self._matcher.copy() if self._matcher else None

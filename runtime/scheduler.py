@@ -26,6 +26,8 @@ from .sequence import Batch, Row, Sequence
 LOSS_CHUNK = 64  # rows of a step that go through the head for losses: [64, vocab] logits
 SHORT = 128  # tokens left to prefill: fewer than a step's worth even for a large model on a CPU
 
+DRAFT_ROWS = 16  # of a step with drafts: with more, its time goes into arithmetic, which drafts do not save
+
 _order = attrgetter("order")
 
 
@@ -76,7 +78,7 @@ class Scheduler:
             if s.slot >= 0:
                 batch.append(_row(s, 1))
         # prompts still find a block's worth of tokens, and nobody loses its place for a draft
-        room = self.token_budget - len(batch) - BLOCK
+        room = min(self.token_budget - BLOCK, DRAFT_ROWS) - len(batch)
         for i, row in enumerate(batch):
             draft = self._draft(row.sequence, room) if self.drafts else ()
             if draft and self.cache.grow(row.sequence, row.past + 1 + len(draft)):

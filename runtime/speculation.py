@@ -18,27 +18,25 @@ LONGEST_REST = 32  # tokens without a draft
 
 
 class PromptLookup:
-    """One per answer. Each token is indexed once; a lookup is at most three reads of a dictionary.
+    """One per answer. Each token is learned once; a lookup is at most three reads of a dictionary.
 
     A draft that holds doubles the next one, up to `LONGEST`; one that holds in part sets it to that part.
     Where not even its first token holds, the next one is a single token, which costs least, and comes only
     after a rest that doubles each time, up to `LONGEST_REST` tokens.
     """
 
-    def __init__(self, images: Iterable[ImageSpan] = ()):
+    def __init__(self, prompt: list[int], images: Iterable[ImageSpan] = ()):
         self._slots = {i for span in images for i in range(span.start, span.start + span.length)}
         self._next: dict[tuple[int, ...], int] = {}  # n-gram → place of the token behind its latest one
-        self._known = 1  # leading tokens that are in the index as what follows
+        self._known = 1  # leading tokens that are known as what follows others
         self._length = 1
         self._rest = 0
         self._due = 0  # length of the tokens from which on there is a draft again
+        self._learn(prompt)
 
     def draft(self, tokens: list[int], limit: int) -> list[int]:
         """At most `limit` tokens that may follow. `tokens`: as at the last call, and what came since."""
-        for at in range(self._known, len(tokens)):
-            for n in range(1, min(SUFFIX, at) + 1):
-                self._next[tuple(tokens[at - n : at])] = at
-        self._known = max(self._known, len(tokens))
+        self._learn(tokens)
         length = min(self._length, limit)
         if len(tokens) < self._due or length < 1:
             return []
@@ -52,6 +50,12 @@ class PromptLookup:
                     found.append(tokens[place])
                 return found
         return []
+
+    def _learn(self, tokens: list[int]) -> None:
+        for at in range(self._known, len(tokens)):
+            for n in range(1, min(SUFFIX, at) + 1):
+                self._next[tuple(tokens[at - n : at])] = at
+        self._known = len(tokens)
 
     def heard(self, tokens: int, drafted: int, accepted: int) -> None:
         """How many tokens of the last draft held. `tokens`: of the sequence by now."""

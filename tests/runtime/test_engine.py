@@ -692,6 +692,21 @@ def test_a_step_counts_drafts_and_a_prompt_beside_them_goes_on() -> None:
     assert (ask.heard.tokens, other.heard.tokens) == (ask.alone()[0], other.alone()[0])
 
 
+def test_drafts_fill_a_step_up_to_16_tokens_and_go_to_who_came_first() -> None:
+    engine = by_hand(token_budget=200, slots=4)
+    everyone = [Ask([i, 2, 3], new=60, top_k=1) for i in range(4)]
+    for ask in everyone:
+        ask.sequence.lookup = Guess(ask, [8])
+        ask.submit(engine)
+    round_(engine)
+    round_(engine)
+    assert backend_of(engine).shapes[-1] == [9, 5, 1, 1]
+    while not all(ask.heard.ends for ask in everyone):
+        round_(engine)
+    assert all(ask.heard.tokens == ask.alone()[0] for ask in everyone)
+    free(engine)
+
+
 def test_a_backend_that_gains_nothing_by_drafts_gets_none() -> None:
     engine = by_hand()
     engine.scheduler.drafts = False

@@ -21,9 +21,9 @@ def scanned(tokens: list[int], count: int) -> list[int]:
     return []
 
 
-def eager(images: list[ImageSpan] | None = None) -> PromptLookup:
+def eager(prompt: list[int], *images: ImageSpan) -> PromptLookup:
     """One whose drafts have held so far."""
-    lookup = PromptLookup(images or [])
+    lookup = PromptLookup(prompt, images)
     for _ in range(4):
         lookup.heard(0, 8, 8)
     return lookup
@@ -37,7 +37,7 @@ def eager(images: list[ImageSpan] | None = None) -> PromptLookup:
 def test_a_draft_is_what_followed_the_latest_longest_match(
     prompt: list[int], pieces: list[list[int]], limit: int
 ) -> None:
-    lookup, tokens = eager(), list(prompt)
+    lookup, tokens = eager(prompt), list(prompt)
     for piece in [[], *pieces]:
         tokens += piece
         drafted = lookup.draft(tokens, limit)
@@ -48,14 +48,14 @@ def test_a_draft_is_what_followed_the_latest_longest_match(
 def test_no_token_of_a_picture_is_drafted() -> None:
     image = ImageSpan(3, 4, b"")
     tokens = [5, 6, 7, -200, -200, -200, -200, 8, 9, 6]
-    assert eager([image]).draft(tokens, 8) == [7]
-    assert eager([image]).draft([*tokens, 7], 8) == []
-    assert eager([image]).draft([*tokens, 8], 1) == [9]
+    assert eager(tokens, image).draft(tokens, 8) == [7]
+    assert eager(tokens, image).draft([*tokens, 7], 8) == []
+    assert eager(tokens, image).draft([*tokens, 8], 1) == [9]
 
 
 def drafted(truth: list[int], prompt: int) -> list[tuple[int, int]]:
     """(drafted, held) of each step of an answer, which is `truth` behind its prompt."""
-    lookup, at, steps = PromptLookup(), prompt, []
+    lookup, at, steps = PromptLookup(truth[:prompt]), prompt, []
     while at < len(truth):
         draft = lookup.draft(truth[:at], len(truth) - at - 1)
         held = next((i for i, t in enumerate(draft) if t != truth[at + i]), len(draft))
@@ -80,7 +80,8 @@ def test_an_answer_whose_drafts_all_fail_drafts_four_of_a_hundred_tokens() -> No
 
 
 def test_a_draft_that_holds_in_part_sets_the_next_ones_length_and_a_failure_a_rest() -> None:
-    lookup, tokens = eager(), [1, 2, 3, 4, 5, 6, 7, 8, 9, 1]
+    tokens = [1, 2, 3, 4, 5, 6, 7, 8, 9, 1]
+    lookup = eager(tokens)
     assert len(lookup.draft(tokens, 8)) == 8
     lookup.heard(len(tokens), 8, 3)
     assert len(lookup.draft(tokens, 8)) == 3
