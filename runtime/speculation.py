@@ -20,7 +20,8 @@ LONGEST_REST = 32  # tokens without a draft
 class PromptLookup:
     """One per answer. Each token is learned once; a lookup is at most three reads of a dictionary.
 
-    A draft that holds doubles the next one, up to `LONGEST`; one that holds in part sets it to that part.
+    Behind a draft that holds the next may be twice as long, up to `LONGEST`; behind one that holds in part
+    as long as that part.
     Where not even its first token holds, the next one is a single token, which costs least, and comes only
     after a rest that doubles each time, up to `LONGEST_REST` tokens.
     """
@@ -60,7 +61,8 @@ class PromptLookup:
     def heard(self, tokens: int, drafted: int, accepted: int) -> None:
         """How many tokens of the last draft held. `tokens`: of the sequence by now."""
         if accepted:
-            self._length = min(LONGEST, 2 * self._length) if accepted == drafted else accepted
+            doubled = max(self._length, min(LONGEST, 2 * drafted))
+            self._length = doubled if accepted == drafted else accepted
             self._rest = 0
         else:
             self._length, self._rest = 1, min(LONGEST_REST, 2 * self._rest or 1)
