@@ -106,8 +106,9 @@ def test_no_answer_depends_on_what_was_drafted(precision: str, open_: Open, red_
     for length in (1, 5, 23, 64, 150):  # of texts that repeat themselves, and so do the answers to them
         config = {"top_k": 1, "max_new_tokens": 80, "ignore_eos": True, "return_logits": True}
         asked.append({"prompt": "red circle, blue star; " * length, "generate_config": config})
-    plain = [outputs(pipeline, [r])[0] for r in asked]
-    drafted = [outputs(pipeline, [r], speculative="prompt_lookup")[0] for r in asked]
+    plain = [outputs(pipeline, [r], reuse_cache=False)[0] for r in asked]
+    ways = {"reuse_cache": False, "speculative": "prompt_lookup"}
+    drafted = [outputs(pipeline, [r], **ways)[0] for r in asked]
     together = outputs(pipeline, asked, speculative="prompt_lookup")
     for one, *others in zip(plain, drafted, together, strict=True):
         for other in others:
