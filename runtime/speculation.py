@@ -2,8 +2,9 @@
 
 Saxena, Prompt Lookup Decoding (2023): the tokens that followed the last few tokens where they stood before
 are a draft of what comes next. One step computes the logits behind every token of the draft; the tokens
-sampled from them are the answer, and the draft only tells how many of these logits were right. So a draft
-can change how long an answer takes, and nothing else of it.
+sampled from them are the answer, and the draft only tells how many of these logits were right. The sampler
+takes them in order, with the penalties, the grammar and the random numbers that each token would have had.
+So a draft can change how long an answer takes, and nothing else of it.
 """
 
 from __future__ import annotations
@@ -21,9 +22,8 @@ class PromptLookup:
     """One per answer. Each token is learned once; a lookup is at most three reads of a dictionary.
 
     Behind a draft that holds the next may be twice as long, up to `LONGEST`; behind one that holds in part
-    as long as that part.
-    Where not even its first token holds, the next one is a single token, which costs least, and comes only
-    after a rest that doubles each time, up to `LONGEST_REST` tokens.
+    as long as that part. Where not even its first token holds, the next one is a single token, which costs
+    least, and comes only after a rest that doubles each time, up to `LONGEST_REST` tokens.
     """
 
     def __init__(self, prompt: list[int], images: Iterable[ImageSpan] = ()):
