@@ -69,6 +69,8 @@ class Stats:
     prompt_tokens: int = 0  # of admitted sequences
     reused_tokens: int = 0  # of those, found in the cache
     generated_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0  # of those, as they came
     images: int = 0  # asked for
     image_hits: int = 0  # of those, encoded already or by somebody else at the moment
     preemptions: int = 0
@@ -102,7 +104,7 @@ class Engine:
         self.model = model
         sizes = backend.slots, backend.slot_tokens, backend.budget_blocks
         self.cache = BlockCache(*sizes) if backend.paged else SlotCache(*sizes, cast(SlotMemory, backend))
-        self.scheduler = Scheduler(self.cache, token_budget, max_running)
+        self.scheduler = Scheduler(self.cache, token_budget, max_running, backend.drafts)
         self.images = EmbeddingCache(image_cache_bytes, ELSEWHERE if encode else BATCH)
         self.observer: Observer | None = None
         self.step_ms = step_ms
@@ -115,7 +117,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._vision: Executor | None = None  # one thread: pictures are encoded while tokens are computed
         self._stopping = False
-        self._generated = self._steps = 0
+        self._generated = self._drafted = self._accepted = self._steps = 0
 
     # ---- any thread -------------------------------------------------------------------------
 
@@ -160,6 +162,8 @@ class Engine:
             prompt_tokens=scheduler.prompt_tokens,
             reused_tokens=scheduler.reused_tokens,
             generated_tokens=self._generated,
+            drafted_tokens=self._drafted,
+            accepted_tokens=self._accepted,
             images=images.asked,
             image_hits=images.hits,
             preemptions=scheduler.preemptions,
@@ -240,7 +244,7 @@ class Engine:
         batch = self.scheduler.schedule()
         parts = [batch]
         if not self.backend.mixes:  # answers go on first
-            parts = [[r for r in batch if r.count == 1], [r for r in batch if r.count > 1]]
+            parts = [[r for r in batch if r.is_chunk == chunks] for chunks in (False, True)]
         for part in filter(None, parts):
             began = time.monotonic()
             draws = self._draws(part) if self.backend.samples else None
@@ -276,7 +280,7 @@ class Engine:
     def _measure(self, part: Batch, seconds: float) -> None:
         self._steps += 1
         tokens = sum(row.count for row in part)
-        if tokens >= BLOCK and tokens > len(part):  # prompts: adapt their share to the speed seen
+        if tokens >= BLOCK and any(row.is_chunk for row in part):  # adapt prompts' share to the speed seen
             wanted = self.step_ms / 1000 * tokens / max(seconds, 1e-6)
             self.scheduler.chunk = int((self.scheduler.chunk + min(wanted, self.scheduler.token_budget)) / 2)
         if self.observer:
@@ -327,11 +331,12 @@ class Engine:
         """`logits`: float32 [row.heads, vocab] of one row of the step; or the token and its logprob."""
         sequence = row.sequence
         job = self._jobs[sequence]
-        sequence.computed += row.count
+        sequence.computed += row.count - len(row.draft)
         sequence.iterations += 1
         if row.past < sequence.prompt_len:
             self.cache.computed(sequence)
-        if row.logits == "all" and sequence.computed > job.judged:  # else it was preempted since
+        losses = row.logits == "all" and not row.draft
+        if losses and sequence.computed > job.judged:  # else it was preempted since
             job.listener.losses(sequence, prompt_losses(row, logits)[max(0, job.judged - row.past) :])
             job.judged = sequence.computed
         if sequence.uncomputed:
@@ -339,16 +344,33 @@ class Engine:
         if sequence.max_new_tokens == 0:
             self._end(sequence, "length")
             return
+        before = sequence.accepted
+        sequence.drafted += len(row.draft)
+        logits = logits[-1 - len(row.draft) :]
+        for place, drafted in enumerate((*row.draft, None)):  # and behind the draft, if all of it holds
+            if self._append(job, logits[place : place + 1], picked) != drafted or drafted is None:
+                break
+            sequence.computed += 1  # it is in the cache; what lies behind it there is written over
+            sequence.accepted += 1
+        if sequence.lookup and row.draft:
+            accepted = sequence.accepted - before
+            sequence.lookup.heard(len(sequence.tokens), len(row.draft), accepted)
+            self._drafted += len(row.draft)
+            self._accepted += accepted
+
+    def _append(self, job: _Job, logits: np.ndarray, picked: tuple[int, float] | None) -> int | None:
+        """The next token, from `logits` [1, vocab] or as picked; None where it is the last, or failed."""
+        sequence = job.sequence
         try:
             if picked:
                 sampled = job.sampler.picked(sequence, *picked)
             else:
-                sampled = job.sampler(sequence, logits[-1])
+                sampled = job.sampler(sequence, logits[0])
             sequence.tokens.append(sampled.token)
             reason = job.listener.token(sequence, sampled)
         except BaseException as e:  # its own parameters' fault, and nobody else's
             self._end(sequence, "error", _ours(e))
-            return
+            return None
         self._generated += 1
         if reason is None and sampled.token in sequence.eos_ids:
             reason = "stop"
@@ -356,6 +378,8 @@ class Engine:
             reason = "length"
         if reason is not None:
             self._end(sequence, reason)
+            return None
+        return sampled.token
 
     def _end(self, sequence: Sequence, reason: str, error: RtpLlmError | None = None) -> None:
         job = self._jobs.pop(sequence, None)

@@ -20,6 +20,7 @@ from .preprocess import image_key, preprocess
 from .prompt import EncodedPrompt, expand
 from .sampling import Sampled, Sampler
 from .sequence import ImageSpan, SamplingParams, Sequence
+from .speculation import PromptLookup
 from .vision import Embedded
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class AuxInfo:
     output_len: int = 0
     prefix_len: int = 0
     reuse_len: int = 0
+    drafted_len: int = 0  # tokens of drafts, with `speculative`
+    accepted_len: int = 0  # of those, as they came
     multimodal_lengths: list[int] = field(default_factory=list)
     cum_log_probs: float | None = None
 
@@ -192,6 +195,8 @@ class _Answer:
                 input_len=s.prompt_len,
                 output_len=s.output_len,
                 reuse_len=s.reused,
+                drafted_len=s.drafted,
+                accepted_len=s.accepted,
                 multimodal_lengths=[span.length for span in s.images],
                 cum_log_probs=self._cum_log_probs if p.return_cum_log_probs else None,
             ),
@@ -311,6 +316,7 @@ class Request:
                 rope_table=bundle.model.rope.table(len(self.ids)),
                 salt=self.salt,
                 leader=self.answers[0].sequence if self.answers else None,
+                lookup=PromptLookup(self.ids, self.images) if p.speculative else None,
                 deadline=self.deadline,
             )
             matcher = self._matcher.copy() if self._matcher else None

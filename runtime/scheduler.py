@@ -1,7 +1,7 @@
 """Who computes what in the next step: numbers only, no tensors.
 
-A step holds one token of every decoding sequence and, within a token budget, chunks of prompts. First come,
-first served, with two rules that keep waiting short:
+A step holds one token of every decoding sequence and, within a token budget, drafts of what follows them
+(speculation.py) and chunks of prompts. First come, first served, with two rules that keep waiting short:
 
 - while answers stream, a step takes at most `chunk` prompt tokens, so the time between tokens is bounded;
 - prompts of which few tokens are left (a short text; a picture that is cached) do not queue behind long
@@ -26,16 +26,23 @@ from .sequence import Batch, Row, Sequence
 LOSS_CHUNK = 64  # rows of a step that go through the head for losses: [64, vocab] logits
 SHORT = 128  # tokens left to prefill: fewer than a step's worth even for a large model on a CPU
 
+DRAFT_ROWS = 16  # of a step with drafts: with more, its time goes into arithmetic, which drafts do not save
+
 _order = attrgetter("order")
 
 
 class Scheduler:
-    """`token_budget`: tokens of one step, decodes included. `max_running`: sequences side by side."""
+    """`token_budget`: tokens of one step, decodes included. `max_running`: sequences side by side.
+    `drafts`: whether the backend gains by them."""
 
     def __init__(
-        self, cache: SlotCache | BlockCache, token_budget: int = 512, max_running: int | None = None
+        self,
+        cache: SlotCache | BlockCache,
+        token_budget: int = 512,
+        max_running: int | None = None,
+        drafts: bool = True,
     ):
-        self.cache = cache
+        self.cache, self.drafts = cache, drafts
         self.max_running = min(max_running or cache.slots, cache.slots)
         self.token_budget = max(token_budget, self.max_running + BLOCK)
         self.chunk = self.token_budget  # prompt tokens of a step beside decodes; the engine adapts it
@@ -58,7 +65,7 @@ class Scheduler:
     def schedule(self) -> Batch:
         """The next step's rows, ordered by slot; empty when nothing can run."""
         batch = self._decodes()
-        budget = self.token_budget - len(batch)
+        budget = self.token_budget - sum(row.count for row in batch)
         if batch:
             budget = min(budget, max(self.chunk, BLOCK))
         return sorted([*batch, *self._prefills(budget)], key=lambda row: row.sequence.slot)
@@ -70,7 +77,20 @@ class Scheduler:
                 self._preempt(self.running[-1])
             if s.slot >= 0:
                 batch.append(_row(s, 1))
+        # prompts still find a block's worth of tokens, and nobody loses its place for a draft
+        room = min(self.token_budget - BLOCK, DRAFT_ROWS) - len(batch)
+        for i, row in enumerate(batch):
+            draft = self._draft(row.sequence, room) if self.drafts else ()
+            if draft and self.cache.grow(row.sequence, row.past + 1 + len(draft)):
+                batch[i] = Row(row.sequence, row.past, 1 + len(draft), "all", draft)
+                room -= len(draft)
         return batch
+
+    def _draft(self, s: Sequence, room: int) -> tuple[int, ...]:
+        """What may follow its last token, as far as it can be of use."""
+        if s.lookup is None or s.uncomputed > 1:
+            return ()
+        return tuple(s.lookup.draft(s.tokens, min(room, s.max_new_tokens - s.output_len - 1)))
 
     def _prefills(self, budget: int) -> Batch:
         queue = [s for s in self.running if s.computed < s.prompt_len]

@@ -10,9 +10,12 @@ import difflib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import GenerateConfigError, NotSupportedYet, shown
+
+if TYPE_CHECKING:
+    from .speculation import PromptLookup
 
 ALIASES = {
     "gen_length": "max_new_tokens",
@@ -176,7 +179,6 @@ def answers_of(config: dict[str, Any]) -> int:
 _UNSUPPORTED: dict[str, Any] = {
     "num_beams": 1,
     "adapter_name": None,
-    "speculative": None,
     "return_hidden_states": False,
 }
 
@@ -212,6 +214,10 @@ def _bool(name: str, value: Any) -> bool:
 
 def _text(name: str, value: Any) -> str:
     return value if isinstance(value, str) else _fail(name, value, "a string")
+
+
+def _speculative(name: str, value: Any) -> str:
+    return value if value == "prompt_lookup" else _fail(name, value, "'prompt_lookup', or left out")
 
 
 def _strings(name: str, value: Any) -> list[str]:
@@ -345,7 +351,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "timeout_ms": _int(1),
     "adapter_name": _text,
     "reuse_cache": _bool,
-    "speculative": _text,
+    "speculative": _speculative,
     "request_id": _text,
 }
 _FIELDS = [f.name for f in dataclasses.fields(SamplingParams)]
@@ -374,6 +380,7 @@ class Sequence:
     rope_table: int = 0  # for life: it follows from the prompt's length
     salt: bytes = b""  # cached prompts are shared among equal salts only
     leader: Sequence | None = None  # another answer to the same prompt, which computes it for both
+    lookup: PromptLookup | None = None  # drafts its next tokens
     deadline: float = float("inf")  # time.monotonic()
 
     order: int = 0  # of arrival
@@ -386,6 +393,8 @@ class Sequence:
 
     images_ready: bool = True  # every image's rows are in the embedding cache
     iterations: int = 0  # steps that this sequence took part in
+    drafted: int = 0  # tokens
+    accepted: int = 0  # of those, as they came
     finished: bool = False
 
     @property
@@ -399,12 +408,18 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence's share of a step: `count` tokens from position `past` on."""
+    """One sequence's share of a step: `count` tokens from position `past` on, the `draft` last."""
 
     sequence: Sequence
     past: int
     count: int
-    logits: str  # "none" (a prompt's inner chunk), "last", or "all" (for a loss)
+    logits: str  # "none" (a prompt's inner chunk), "last", or "all" (for a loss, or with a draft)
+    draft: tuple[int, ...] = ()
+
+    @property
+    def is_chunk(self) -> bool:
+        """Several tokens of a prompt, not an answer's next ones."""
+        return self.count > 1 and not self.draft
 
     @property
     def heads(self) -> int:

@@ -79,7 +79,7 @@ def build_step(
     at = rows = 0
     for row in batch:
         s, start, end = row.sequence, row.past, row.past + row.count
-        chunk = np.array(s.tokens[start:end], dtype=np.int64)
+        chunk = np.array([*s.tokens[start : end - len(row.draft)], *row.draft], dtype=np.int64)
         for span in s.images:
             low, high = max(start, span.start), min(end, span.start + span.length)
             if low < high:

@@ -137,7 +137,6 @@ def test_a_negative_temperature(pipeline):
     [
         ("num_beams", 4),
         ("adapter_name", "x"),
-        ("speculative", "prompt_lookup"),
         ("return_hidden_states", True),
     ],
 )

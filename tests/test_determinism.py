@@ -1,5 +1,5 @@
-"""An answer is the same to the bit whoever else is in the batch, whatever the cache held, and however often
-it lost its place."""
+"""An answer is the same to the bit whoever else is in the batch, whatever the cache held, whatever was
+drafted, and however often it lost its place."""
 
 from __future__ import annotations
 
@@ -98,6 +98,26 @@ def test_no_answer_shows_that_it_lost_its_place(precision: str, open_: Open, red
     assert tight.model.engine.stats().preemptions > 0
     for one, other in zip(alone, together, strict=True):
         assert np.array_equal(one.logits, other)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+def test_no_answer_depends_on_what_was_drafted(precision: str, open_: Open, red_circle: Path) -> None:
+    pipeline, asked = open_(precision), requests(red_circle.parent)
+    for length in (1, 5, 23, 64, 150):  # of texts that repeat themselves, and so do the answers to them
+        config = {"top_k": 1, "max_new_tokens": 80, "ignore_eos": True, "return_logits": True}
+        asked.append({"prompt": "red circle, blue star; " * length, "generate_config": config})
+    plain = [outputs(pipeline, [r], reuse_cache=False)[0] for r in asked]
+    ways = {"reuse_cache": False, "speculative": "prompt_lookup"}
+    drafted = [outputs(pipeline, [r], **ways)[0] for r in asked]
+    together = outputs(pipeline, asked, speculative="prompt_lookup")
+    for one, *others in zip(plain, drafted, together, strict=True):
+        for other in others:
+            assert np.array_equal(one.logits, other.logits)
+            assert other.aux_info.output_len == one.aux_info.output_len
+        assert others[0].aux_info.iter_count == one.aux_info.iter_count - others[0].aux_info.accepted_len
+    long = [o.aux_info for o in drafted[-5:]]
+    assert sum(a.accepted_len for a in long) > sum(a.output_len for a in long) / 8
+    assert pipeline.model.engine.stats().accepted_tokens >= sum(a.accepted_len for a in long)
 
 
 def test_several_answers_equal_those_computed_one_by_one(open_: Open, red_circle: Path) -> None:

@@ -28,6 +28,7 @@ class Backend(Protocol):
     block_bytes: int  # of one block
     mixes: bool  # decodes and chunks of prompts go through one `step`; else each through its own
     paged: bool  # the cache is one pool of `budget_blocks` blocks, found by `Step.tables`; else slots
+    drafts: bool  # a few tokens behind a running answer's last one cost about as much as that one alone
     samples: bool  # `step` picks the tokens of rows that have a draw; else it returns all logits
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:

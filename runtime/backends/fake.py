@@ -18,7 +18,7 @@ from ..step import Picks, Result, Step
 class FakeBackend:
     """`paged`: the cache is a pool of blocks; `samples`: it picks the tokens that it may."""
 
-    mixes = True
+    mixes = drafts = True
     block_bytes = 16 * 8
 
     def __init__(

@@ -4,10 +4,12 @@ Each layer's keys and values are one buffer [slots, kv_heads, 2 · slot_tokens, 
 contiguous slice of slots, which is bound as both past and present, so nothing is copied. Untouched pages
 of a buffer cost no memory, and a freed slot's pages go back to the system.
 
-One token of a sequence at a time and chunks of several take different kernels, whose last bits differ.
-Within each kind nothing depends on the other rows of a step, nor on where a prompt is cut: so decodes and
-chunks go through steps of their own, and an answer is the same to the bit whoever else is there. (Weights
-that stay mapped are an exception: how their products are cut may depend on the rows and the threads.)
+Attention has a kernel of its own for one token of a sequence, and sums in another order where one token is
+left of a chunk that it cuts into tiles: so such a token is there twice, and every token has the same bits
+alone and in any chunk. Nothing depends on the other rows of a step, nor on where a prompt is cut, nor on
+what was drafted: an answer is the same to the bit whoever else is there. (At int4 a lone row of a product
+has a kernel of its own too. Weights that stay mapped are an exception: how their products are cut may
+depend on the rows and the threads.)
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ class OnnxBackend:
     """
 
     mixes = paged = samples = False
+    drafts = True
 
     def __init__(
         self,
@@ -252,10 +255,13 @@ def pad(step: Step, slot_tokens: int) -> dict[str, np.ndarray]:
     """Inputs of the padded attention nodes, `gqa`'s and `linear`'s: B slots, from the first to the last one
     in use, × S = the longest row.
 
-    An idle slot is a row of no tokens. Contract: export/attention.py.
+    An idle slot is a row of no tokens. Of a row of 1, 17, 33, … tokens the last one is there twice, the
+    second time behind what is its own in the cache, where the next step writes: GroupQueryAttention's tiles
+    hold a multiple of 16 tokens, and none may hold a lone one. Contract: export/attention.py.
     """
     low = step.slots[0]
-    n, longest = step.slots[-1] + 1 - low, max(step.counts)
+    widths = [count + (count % 16 == 1) for count in step.counts]
+    n, longest = step.slots[-1] + 1 - low, max(widths)
     # `linear` writes the cells of idle slots too: behind everything that a slot can hold
     write_indices = np.full(n, slot_tokens, np.int64)
     query_positions = np.zeros((n, longest), np.int64)
@@ -265,13 +271,13 @@ def pad(step: Step, slot_tokens: int) -> dict[str, np.ndarray]:
     pad_rows = np.zeros((n, longest), np.int64)
     packed_rows = np.zeros(len(step.input_ids), np.int64)
     at = 0
-    for slot, past, count in zip(step.slots, step.pasts, step.counts, strict=True):
+    for slot, past, count, width in zip(step.slots, step.pasts, step.counts, widths, strict=True):
         row = slot - low
-        lengths[row], totals[row] = count, past + count
+        lengths[row], totals[row] = width, past + width
         position_ids[row, :count] = step.rope_rows[at : at + count]
         query_positions[row, :count] = step.positions[at : at + count]
         write_indices[row] = past
-        pad_rows[row, :count] = np.arange(at, at + count)
+        pad_rows[row, :width] = np.minimum(np.arange(at, at + width), at + count - 1)
         packed_rows[at : at + count] = row * longest + np.arange(count)
         at += count
     return {

@@ -77,6 +77,7 @@ class PagedBackend(ABC):
         # for good: torch deals 32 of them in turn, and each has workspaces and free blocks of its own
         streams = [torch.cuda.Stream(self.device) if self.cuda else None for _ in range(2)]
         self.stream, self._vision_stream = streams
+        self.drafts = not (self.cuda and self.captures)  # a captured step has one token a row
         self._opening = threading.Lock()
         self.alone = threading.Lock()  # held by whoever encodes, and by whoever captures a CUDA graph
         self._graphs: dict[int, _Captured] = {}

@@ -48,6 +48,8 @@ COUNTERS = {
     "prompt_tokens": ("prompt_tokens", "Prompt tokens of admitted sequences, image slots included."),
     "reused_tokens": ("prompt_tokens_reused", "Of the prompt tokens, those found in the prefix cache."),
     "generated_tokens": ("generated_tokens", "Tokens generated."),
+    "drafted_tokens": ("drafted_tokens", "Tokens drafted by speculative decoding."),
+    "accepted_tokens": ("drafted_tokens_accepted", "Of the drafted tokens, those that came."),
     "images": ("images", "Images asked for."),
     "image_hits": ("image_cache_hits", "Images that were encoded already, or at the moment."),
     "preemptions": ("preemptions", "Sequences put back because cache blocks ran out."),

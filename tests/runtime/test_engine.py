@@ -20,6 +20,7 @@ from rtp_llm.runtime.block_cache import BlockCache
 from rtp_llm.runtime.engine import Engine, prompt_losses
 from rtp_llm.runtime.sampling import Sampled, Sampler
 from rtp_llm.runtime.sequence import ImageSpan, Row, SamplingParams, Sequence
+from rtp_llm.runtime.speculation import PromptLookup
 from rtp_llm.runtime.step import Draw, Result, Step
 
 VOCAB, WAIT = 50, 20
@@ -171,6 +172,28 @@ class Ask:
         return out, "length"
 
 
+class Guess(PromptLookup):
+    """Drafts of what comes, each right up to a place that is given, and wrong behind it."""
+
+    def __init__(self, ask: Ask, right: list[int]):
+        self.answer, self.right, self.calls = ask.alone()[0], right, 0
+        self.prompt, self.most, self.told = len(ask.prompt), 0, (0, 0)
+
+    def draft(self, tokens: list[int], limit: int) -> list[int]:
+        done = len(tokens) - self.prompt
+        assert tokens[self.prompt :] == self.answer[:done]
+        right = self.right[self.calls % len(self.right)]
+        self.calls += 1
+        coming = self.answer[done:] + [0] * 9
+        draft = [t if i < right else (t + 1) % VOCAB for i, t in enumerate(coming)][: max(0, min(8, limit))]
+        self.most = min(right, len(draft), max(0, len(self.answer) - done))
+        return draft
+
+    def heard(self, tokens: int, drafted: int, accepted: int) -> None:
+        assert accepted <= self.most <= drafted
+        self.told = self.told[0] + drafted, self.told[1] + accepted
+
+
 @pytest.fixture
 def engine() -> Iterator[Engine]:
     made = Engine(Backend(), MODEL, token_budget=16)
@@ -233,7 +256,7 @@ def asks(draw: st.DrawFn) -> Ask:
     config["reuse_cache"] = draw(st.sampled_from([True, True, False]))
     # beginnings that prompts share, to the block and not
     shared = list(range(draw(st.sampled_from([0, 0, 15, 16, 33, 40]))))
-    return Ask(
+    ask = Ask(
         shared + draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=40 - len(shared) // 2)),
         tuple(draw(st.lists(st.integers(0, 3), max_size=3))),
         draw(st.integers(0, 8)),
@@ -242,6 +265,9 @@ def asks(draw: st.DrawFn) -> Ask:
         draw(st.booleans()),
         **config,
     )
+    if draw(st.booleans()):
+        ask.sequence.lookup = Guess(ask, draw(st.lists(st.integers(0, 9), min_size=1, max_size=5)))
+    return ask
 
 
 @settings(max_examples=120, deadline=None, derandomize=True)
@@ -618,6 +644,77 @@ def test_a_ban_that_ends_hands_the_same_stream_of_numbers_to_the_device() -> Non
         assert seen == [True] * 3 + [False] * (len(ask.heard.tokens) - 3)
 
 
+# ------------------------------------------------------------------------------------------ drafts
+
+
+@pytest.mark.parametrize("right", [[0], [8], [3], [8, 0, 1, 2]])
+@pytest.mark.parametrize("config", [{"top_k": 1}, {"random_seed": 3, "temperature": 4.0, "top_p": 0.9}])
+def test_drafts_save_steps_and_change_neither_the_tokens_nor_what_is_told_of_them(
+    right: list[int], config: dict[str, Any]
+) -> None:
+    told = {"logprobs": True, "top_logprobs": 2, "return_logits": True, "repetition_penalty": 1.1}
+    plain, drafted = (Ask([1, 2, 3], (1,), new=40, **config, **told) for _ in range(2))
+    drafted.sequence.lookup = guess = Guess(drafted, right)
+    engines = by_hand(), by_hand()
+    for engine, ask in zip(engines, (plain, drafted), strict=True):
+        answer(engine, ask)
+    for one, other in zip(plain.heard.sampled, drafted.heard.sampled, strict=True):
+        assert (one.token, one.logprob, one.top) == (other.token, other.logprob, other.top)
+        np.testing.assert_array_equal(one.logits, other.logits)
+    s, stats = drafted.sequence, engines[1].stats()
+    assert (s.drafted, s.accepted) == (stats.drafted_tokens, stats.accepted_tokens) == guess.told
+    assert s.iterations == plain.sequence.iterations - s.accepted
+    assert (s.accepted > 0) == any(right) and stats.generated_tokens == 40
+    free(engines[1])
+
+
+@pytest.mark.parametrize("ending", [{"stop_after": 5}, {"eos": tuple(range(0, VOCAB, 7))}])
+def test_an_answer_that_ends_within_a_draft_ends_there(ending: dict[str, Any]) -> None:
+    engine = by_hand()
+    ask = Ask([1, 2, 3], new=40, top_k=1, **ending)
+    assert len(ask.alone()[0]) < 40
+    ask.sequence.lookup = Guess(ask, [8])
+    answer(engine, ask)
+    free(engine)
+
+
+def test_a_step_counts_drafts_and_a_prompt_beside_them_goes_on() -> None:
+    engine = by_hand(token_budget=40, slots=2)
+    ask = Ask([1, 2, 3], new=60, top_k=1)
+    ask.sequence.lookup = Guess(ask, [8])
+    ask.submit(engine)
+    round_(engine)
+    other = Ask([5] * 100, new=1, top_k=1).submit(engine)
+    round_(engine)
+    assert sorted(backend_of(engine).shapes[-1]) == [9, 31]
+    for _ in range(20):
+        round_(engine)
+    assert (ask.heard.tokens, other.heard.tokens) == (ask.alone()[0], other.alone()[0])
+
+
+def test_drafts_fill_a_step_up_to_16_tokens_and_go_to_who_came_first() -> None:
+    engine = by_hand(token_budget=200, slots=4)
+    everyone = [Ask([i, 2, 3], new=60, top_k=1) for i in range(4)]
+    for ask in everyone:
+        ask.sequence.lookup = Guess(ask, [8])
+        ask.submit(engine)
+    round_(engine)
+    round_(engine)
+    assert backend_of(engine).shapes[-1] == [9, 5, 1, 1]
+    while not all(ask.heard.ends for ask in everyone):
+        round_(engine)
+    assert all(ask.heard.tokens == ask.alone()[0] for ask in everyone)
+    free(engine)
+
+
+def test_a_backend_that_gains_nothing_by_drafts_gets_none() -> None:
+    engine = by_hand()
+    engine.scheduler.drafts = False
+    ask = Ask([1, 2, 3], new=20, top_k=1)
+    ask.sequence.lookup = Guess(ask, [8])
+    assert answer(engine, ask).sequence.drafted == 0
+
+
 # ---------------------------------------------------------------------------------- what is kept
 
 
@@ -687,13 +784,17 @@ def test_several_answers_share_one_prefill() -> None:
     assert sum(map(sum, backend_of(engine).shapes)) == 45 + 3 * 13 + 4
 
 
+@pytest.mark.parametrize("drafts", [False, True])
 @pytest.mark.parametrize("mixes", [True, False])
-def test_whoever_loses_its_place_answers_as_if_nothing_had_happened(mixes: bool) -> None:
+def test_whoever_loses_its_place_answers_as_if_nothing_had_happened(mixes: bool, drafts: bool) -> None:
     engine = by_hand(slots=4, slot_tokens=96, budget_blocks=8, mixes=mixes)
     config: dict[str, Any] = {"random_seed": 5, "temperature": 4.0}
     everyone = [
-        Ask([i, i + 1, 7], (i % 2,), new=60, embedded=i > 1, **config).submit(engine) for i in range(4)
+        Ask([i, i + 1, 7], (i % 2,), new=60, embedded=i > 1, **config) for i in range(4)
     ]
+    for ask in everyone:
+        ask.sequence.lookup = Guess(ask, [0, 3, 8]) if drafts else None
+        ask.submit(engine)
     everyone += [Ask([i] * 20, new=30, top_k=1, calculate_loss=2).submit(engine) for i in range(2)]
     for _ in range(2000):
         if all(a.heard.ends for a in everyone):

@@ -57,12 +57,11 @@ LISTS: dict[str, tuple[list[tuple[Any, Any]], list[Any]]] = {  # field: (given, 
     "eos_token_id": ([(5, [5]), ([5, 6], [5, 6])], [[], -1, [-1], "a", [1.5], True]),
     "resized_shape": ([([224, 448], [224, 448])], [224, [1], [0, 5], [1, 2, 3], "a"]),
 }
-TEXTS = ["request_id"]
+TEXTS = ["request_id", "speculative"]
 GRAMMARS = ["response_format", "json_schema", "regex", "ebnf"]  # tests/runtime/test_grammar.py
 UNSUPPORTED = {
     "num_beams": 2,
     "adapter_name": "lora",
-    "speculative": "prompt_lookup",
     "return_hidden_states": True,
 }
 
@@ -129,6 +128,14 @@ def test_a_request_id_is_text() -> None:
     assert parse({"request_id": "abc"}).request_id == "abc"
     with pytest.raises(GenerateConfigError, match="request_id=5 must be a string"):
         parse({"request_id": 5})
+
+
+def test_speculation_has_one_method() -> None:
+    assert parse({"speculative": "prompt_lookup"}).speculative == "prompt_lookup"
+    assert parse({"speculative": None}).speculative is None
+    for bad in ("draft_model", True, ""):
+        with pytest.raises(GenerateConfigError, match=f"speculative={bad!r} must be 'prompt_lookup'"):
+            parse({"speculative": bad})
 
 
 @pytest.mark.parametrize("field", UNSUPPORTED)

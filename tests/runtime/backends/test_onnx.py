@@ -376,25 +376,33 @@ def decode_among(case: Case, others: list[tuple[int, int, int]]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_decode_is_the_same_to_the_bit_alone_and_among_any_decodes(
+def test_a_decode_is_the_same_to_the_bit_alone_and_beside_any_decodes_and_chunks(
     name: str, cases: Callable[[str], Case]
 ) -> None:
     case = cases(name)
     alone = decode_among(case, [])
-    for others in ([(0, 5, 1)], [(0, 55, 1), (3, 7, 1)], [(0, 20, 1), (2, 50, 1), (3, 2, 1)]):
+    decodes = [[(0, 5, 1)], [(0, 55, 1), (3, 7, 1)], [(0, 20, 1), (2, 50, 1), (3, 2, 1)]]
+    chunks = [[(0, 0, 12)], [(3, 0, 50)], [(0, 9, 2)], [(0, 20, 1), (2, 0, 30), (3, 11, 7)]]
+    for others in decodes + chunks:
         np.testing.assert_array_equal(decode_among(case, others), alone)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_decode_is_the_same_to_the_bit_beside_any_chunk_and_to_rounding_alone(
+def test_tokens_give_the_same_bits_one_by_one_and_in_any_chunks(
     name: str, cases: Callable[[str], Case]
 ) -> None:
-    # GroupQueryAttention has a kernel of its own for one token a row: it sums in another order
-    case = cases(name)
-    alone, beside = decode_among(case, []), decode_among(case, [(0, 0, 12)])
-    for others in ([(3, 0, 50)], [(0, 9, 2)], [(0, 20, 1), (2, 0, 30), (3, 11, 7)]):
-        np.testing.assert_array_equal(decode_among(case, others), beside)
-    close(beside, alone)
+    case, s = cases(name), sequence(60, 1, 7)
+    found = []
+    # attention's tiles hold 2 · 16 tokens here: one of 33 would stand alone in a tile
+    for sizes in ([1] * 40, [9] * 4 + [4], [2, 3, 5, 8, 1, 7, 6, 8], [33, 7], [40]):
+        backend = case.backend()
+        feed(backend, case.model, dataclasses.replace(s, tokens=s.tokens[:20]))
+        starts = np.cumsum([20, *sizes]).tolist()
+        rows = zip(starts, sizes, strict=False)
+        logits = [run(backend, case.model, [Row(s, past, count, "all")]) for past, count in rows]
+        found.append(np.concatenate(logits))
+    for other in found[1:]:
+        np.testing.assert_array_equal(other, found[0])
 
 
 def test_a_closed_backend_opens_again_and_answers_the_same(
@@ -458,18 +466,18 @@ def test_padding_puts_every_token_into_its_slots_cell() -> None:
     )
     inputs = pad(step, slot_tokens=500)
     grid = inputs["pad_rows"].reshape(4, 4)
-    assert grid.tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [1, 2, 3, 4], [5, 0, 0, 0]]
+    assert grid.tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [1, 2, 3, 4], [5, 5, 0, 0]]
     assert inputs["packed_rows"].tolist() == [0, 8, 9, 10, 11, 12]
     assert inputs["position_ids"].tolist() == [
         [9, 0, 0, 0], [0, 0, 0, 0], [100, 101, 102, 103], [5, 0, 0, 0],
     ]  # fmt: skip
-    assert inputs["query_seqlens"].tolist() == [1, 0, 4, 1]
-    assert inputs["seqlens_k"].tolist() == [9, 0, 3, 5]
-    assert inputs["total_sequence_length"].tolist() == 10
+    assert inputs["query_seqlens"].tolist() == [2, 0, 4, 2]  # a lone token is there twice
+    assert inputs["seqlens_k"].tolist() == [10, 0, 3, 6]
+    assert inputs["total_sequence_length"].tolist() == 11
     assert inputs["query_positions"].tolist() == [
         [9, 0, 0, 0], [0, 0, 0, 0], [0, 1, 2, 3], [5, 0, 0, 0],
     ]  # fmt: skip
-    assert inputs["key_positions"].tolist() == list(range(10))
+    assert inputs["key_positions"].tolist() == list(range(11))
     # the idle slot's cells go behind all that it can hold
     assert inputs["write_indices"].tolist() == [9, 500, 0, 5]
     assert inputs["query_seqlens"].dtype == inputs["seqlens_k"].dtype == np.int32

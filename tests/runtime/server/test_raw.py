@@ -13,7 +13,8 @@ IMAGES = Path(__file__).parents[2] / "images"
 CIRCLE, STAR = f"{IMAGES}/red_circle.png", f"{IMAGES}/blue_star.png"
 PROMPT = "Picture 1:<img/>\nWhat is this?"
 AUX = {"cost_time", "first_token_cost_time", "wait_time", "iter_count", "input_len", "output_len",
-       "prefix_len", "reuse_len", "multimodal_lengths", "cum_log_probs"}  # fmt: skip
+       "prefix_len", "reuse_len", "drafted_len", "accepted_len", "multimodal_lengths",
+       "cum_log_probs"}  # fmt: skip
 
 
 def events(answer: Any) -> list[dict[str, Any]]:
