@@ -416,9 +416,10 @@ def partial_attention(
     items = splits, len(query), num_heads
     partial = query.new_empty((*items, key_cache.shape[-1]), dtype=torch.float32)
     stats = query.new_empty((*items, 2), dtype=torch.float32)
-    step = cumulative_sequence_length, past_seqlens, block_table
-    sizes = num_heads, kv_num_heads, scale, local_window_size
-    _launch_attention(query, key_cache, value_cache, *step, *sizes, splits, partial, stats)
+    _launch_attention(
+        query, key_cache, value_cache, cumulative_sequence_length, past_seqlens, block_table,
+        num_heads, kv_num_heads, scale, local_window_size, splits, partial, stats,
+    )  # fmt: skip
     return partial, stats
 
 
@@ -437,9 +438,10 @@ def whole_attention(
 ) -> Tensor:
     """→ output [T, heads · D]: partial_attention's kernel where no row is split."""
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
-    step = cumulative_sequence_length, past_seqlens, block_table
-    sizes = num_heads, kv_num_heads, scale, local_window_size
-    _launch_attention(query, key_cache, value_cache, *step, *sizes, 1, output, None)
+    _launch_attention(
+        query, key_cache, value_cache, cumulative_sequence_length, past_seqlens, block_table,
+        num_heads, kv_num_heads, scale, local_window_size, 1, output, None,
+    )  # fmt: skip
     return output
 
 
