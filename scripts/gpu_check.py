@@ -2,17 +2,22 @@
 
     python scripts/gpu_check.py --output report --goldens ../shared/goldens
     python scripts/gpu_check.py --output report --part decode transformers --model qwen_vl
+    timeout 580 python scripts/gpu_check.py --output report --part serving --minutes 4
 
-Each part stands alone, takes minutes, and adds its rows to OUTPUT/gpu_check.json and gpu_check.md; a part
-that fails is reported and the others go on. Runs in a checkout, installed or not.
+Each part stands alone, takes minutes, and adds its rows to OUTPUT/gpu_check.json and gpu_check.md, each row
+as soon as it is known: a part that is killed leaves what it has measured, and one that fails is reported and
+the others go on. Runs in a checkout, installed or not.
 
-    machine        what there is; memory bandwidth and bf16 product rate, measured
-    kernels        the attention's and the fused kernels against the NumPy references in float64
-    goldens        TorchScript, ONNX Runtime CUDA and TensorRT, where installed, against --goldens
-    kernel-times   share of the measured bandwidth
-    decode         full-size random models through the engine: tokens per second, time to first token
-    transformers   the same shapes in transformers' generate
-    compiled       and with its compiled static cache
+    machine               what there is; memory bandwidth and bf16 product rate, measured
+    kernels               the attention's and the fused kernels against the NumPy references in float64
+    goldens               TorchScript, ONNX Runtime CUDA and TensorRT, where installed, against --goldens
+    kernel-times          share of the measured bandwidth
+    decode                full-size random models through the engine: tokens per second, time to first token
+    transformers          the same shapes in transformers' generate
+    compiled              and with its compiled static cache
+    serving               1 to 64 answers at once through the engine, each to a picture of its own
+    serving-transformers  the same prompts as one batch in generate; words alone in its continuous batching
+    serving-vllm          the same prompts in vLLM, where installed
 
 Exit code 0: all bounds hold; 1: a bound or an equality is missed, or a part failed; 2: nothing could be run.
 `--device cpu --size tiny` runs the same code on tiny shapes without a GPU, where times mean nothing and no
@@ -29,6 +34,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -47,8 +53,19 @@ SETS = ("qwenvl_A", "qwenvl_C", "llava_orig_A", "llava_hf_A")
 BACKENDS = ("torchscript", "onnxruntime", "tensorrt")
 SHARE = 0.7  # of the measured bandwidth, for kernels
 WEIGHTS = 0.8  # of the weight-bandwidth limit, for decode at batch 1
-EAGER, COMPILED = 4.0, 1.2  # times transformers' tokens per second at batch 1
+# our part, theirs → at which batch or number of streams our tokens per second must be how many times theirs
+FASTER: dict[tuple[str, str], dict[int, float]] = {
+    ("decode", "transformers"): {1: 4.0},
+    ("decode", "compiled"): {1: 1.2},
+    ("serving", "serving-transformers"): {},
+    ("serving", "serving-vllm"): {1: 1.0, 32: 1.0},
+}
 PROMPT = 128  # tokens of words before a decode
+QUESTION = 64  # tokens of words behind a served picture
+LENGTH = {"full": 1024, "tiny": 512}  # tokens that a sequence may have
+RATE = 8.0  # prompts a second of the Poisson row: about a third of what full size was worked out to bear
+ALONE = 16  # tokens of each answer that are compared with the answer given alone
+TOGETHER = 0.995  # cosine of their logits; another picture makes it 0.991 and less in the tiny models
 # ‖ours − reference‖ / ‖reference‖; float32 products are exact float32
 KERNEL_ERROR = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.5e-2}
 LOGITS_ERROR = 5e-4  # largest, of the reference's standard deviation, in float32 (another chip's sums)
@@ -73,6 +90,7 @@ class Context:
     size: str
     models: list[str]
     batches: list[int]
+    streams: list[int]
     backends: list[str]
     goldens: Path | None
     new: int  # tokens of a timed answer
@@ -416,12 +434,19 @@ def _times(
 
     shape = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "itemsize": dtype.itemsize}
     least, prompt = ours.bytes_moved(decodes, **shape), ours.bytes_moved(prompts, **shape)
+    unsplit = ours.bytes_moved(decodes, **shape, splits=0)
     runs: list[tuple[str, Callable[..., Any], list[tuple[int, int]], int]] = [
         (
             "attention (partial + combine), decode",
             decoding,
             decodes,
             least["partial_attention"] + least["combine"],
+        ),
+        (  # what a decode would take if its rows were not split: 0 ranges of partials
+            "whole_attention, decode",
+            lambda q, k, v, *a: ours.whole_attention(q, *a, **sizes),
+            decodes,
+            unsplit["partial_attention"] + unsplit["combine"],
         ),
         ("whole op, decode", lambda *a: ours.paged_attention(*a, **sizes), decodes, sum(least.values())),
         ("cache_write, prompts", lambda *a: ours.cache_write(*a[1:]), prompts, prompt["cache_write"]),
@@ -455,10 +480,12 @@ def decode(c: Context) -> Iterator[Row]:
 
 
 def _ours(c: Context, model: str, rate: float) -> Iterator[Row]:
-    from gpu_models import Ours
+    from gpu_models import Ours, prompts
 
-    length = 1024 if c.size == "full" else 512
-    ours = Ours(model, c.size, c.device, max(c.batches) + 1, length)
+    def words(batch: int, count: int = PROMPT) -> Any:
+        return prompts(model, c.size, batch, count, image=False)
+
+    ours = Ours(model, c.size, c.device, max(c.batches) + 1, LENGTH[c.size])
     try:
         limit = rate / ours.backend.weight_bytes
         yield Row(f"{model}: weights read per token", ours.backend.weight_bytes / 1e9, "GB")
@@ -468,33 +495,38 @@ def _ours(c: Context, model: str, rate: float) -> Iterator[Row]:
             if c.late():
                 yield Row(title, "skipped: out of time")
                 continue
-            ours.ask(batch, PROMPT, 8)  # kernels compiled, graphs captured
-            found = [_tokens_per_second(ours.ask(batch, PROMPT, c.new)[1]) for _ in range(3)]
+            ours.ask(words(batch), 8)  # kernels compiled, graphs captured
+            found = [_tokens_per_second(ours.ask(words(batch), c.new)) for _ in range(3)]
             value = statistics.median(found)
             yield Row(title, value, "tokens/s")
             if batch == 1:
                 title = f"{model}, batch 1: share of the weight-bandwidth limit"
                 yield c.least(title, value / limit, "", WEIGHTS)
-        ours.ask(1, 16, 2, image=True)
-        firsts = []
-        for _ in range(5):
-            start, (ear,) = ours.ask(1, 16, 2, image=True)
-            firsts.append(ear.times[0] - start)
-        yield Row(f"{model}: time to first token, one image", statistics.median(firsts) * 1e3, "ms")
+        yield _first_token(c, model, ours)
     finally:
         ours.stop()
 
 
-def _tokens_per_second(ears: list[Any]) -> float:
-    begin = max(ear.times[min(4, len(ear.times) - 2)] for ear in ears)
-    end = min(ear.times[-1] for ear in ears)
+def _first_token(c: Context, model: str, server: Any) -> Row:
+    from gpu_models import prompts
+
+    firsts = []
+    for _ in range(6):
+        (answer,) = server.ask(prompts(model, c.size, 1, 16), 2)
+        firsts.append(answer.times[0] - answer.start)
+    return Row(f"{model}: time to first token, one image", statistics.median(firsts[1:]) * 1e3, "ms")
+
+
+def _tokens_per_second(answers: list[Any]) -> float:
+    begin = max(answer.times[min(4, len(answer.times) - 2)] for answer in answers)
+    end = min(answer.times[-1] for answer in answers)
     if end <= begin:  # too short an answer for a common stretch
-        begin, end = min(ear.times[0] for ear in ears), max(ear.times[-1] for ear in ears)
-    return sum(begin < t <= end for ear in ears for t in ear.times) / (end - begin)
+        begin, end = min(answer.times[0] for answer in answers), max(answer.times[-1] for answer in answers)
+    return sum(begin < t <= end for answer in answers for t in answer.times) / (end - begin)
 
 
 def transformers(c: Context) -> Iterator[Row]:
-    """`generate` as it comes (eager). Tokens per second = batch · (new − 1) / (time of `new` − time of 1)."""
+    """`generate` as it comes (eager). Tokens per second = batch · (new − 1) / (last token − first token)."""
     yield from _theirs(c, static=False)
 
 
@@ -511,7 +543,7 @@ def _theirs(c: Context, static: bool) -> Iterator[Row]:
 
 def _generate(c: Context, model: str, static: bool) -> Iterator[Row]:
     import torch
-    from gpu_models import Theirs
+    from gpu_models import Theirs, prompts
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -521,24 +553,19 @@ def _generate(c: Context, model: str, static: bool) -> Iterator[Row]:
         if c.late():
             yield Row(title, "skipped: out of time")
             continue
-        times = {}
-        for new in (c.new, 1):
-            for _ in range(2 if static else 1):  # the second one captures its graphs
-                theirs.seconds(batch, PROMPT, new, static=static)
-            times[new] = statistics.median(
-                theirs.seconds(batch, PROMPT, new, static=static) for _ in range(3)
-            )
-        value = batch * (c.new - 1) / max(times[c.new] - times[1], 1e-9)
-        yield Row(title, value, "tokens/s")
+        found = []
+        warm = 2 if static else 1  # the second one captures its graphs
+        for _ in range(warm + 3):
+            times = theirs.ask(prompts(model, c.size, batch, PROMPT, image=False), c.new, static)[0].times
+            found.append(batch * (c.new - 1) / max(times[-1] - times[0], 1e-9))
+        yield Row(title, statistics.median(found[warm:]), "tokens/s")
     if static:
         count = int(torch._dynamo.utils.counters["frames"]["ok"])
         yield Row(
             f"{model}: frames that torch compiled", count, ok=count > 0 if c.real else None, bound="≥ 1"
         )
     else:
-        theirs.seconds(1, 16, 1, image=True)
-        first = statistics.median(theirs.seconds(1, 16, 1, image=True) for _ in range(5))
-        yield Row(f"{model}: time to first token, one image", first * 1e3, "ms")
+        yield _first_token(c, model, theirs)
 
 
 def _release(c: Context) -> None:
@@ -547,6 +574,149 @@ def _release(c: Context) -> None:
     gc.collect()
     if c.real:
         torch.cuda.empty_cache()
+
+
+# ------------------------------------------------------------------------------------------- serving
+
+
+def serving(c: Context) -> Iterator[Row]:
+    """--streams answers of --new-tokens at once through the engine, each to a picture of its own and QUESTION
+    tokens of words; and as many as the most of them by a Poisson process of RATE prompts a second.
+
+    All three serving parts give the same prompts (gpu_models.prompts) and count by gpu_serving.figures; of
+    three runs the one of median tokens per second is reported. Pictures come as pixels of the tower's size.
+    Share of the bandwidth limit: the least time of a step while all answers run, gpu_serving.step_bytes /
+    bandwidth at a length of prompt + new / 2, over the time it takes. Answers: their first ALONE tokens, and
+    the logits of a run that fetches them, against those of the same prompt alone; bf16 products of another
+    batch have other last bits, so tokens that nearly tie may flip.
+    """
+    rate = bandwidth(c.device)
+    yield Row("memory bandwidth, copy", rate / 1e9, "GB/s")
+    for model in c.models:
+        yield from guarded(model, _serving(c, model, rate))
+        _release(c)
+
+
+def _serving(c: Context, model: str, rate: float) -> Iterator[Row]:
+    from gpu_models import Ours
+    from gpu_serving import cosine, flips, step_bytes
+
+    most = max(c.streams)
+    ours = Ours(model, c.size, c.device, most + 1, LENGTH[c.size])
+
+    def more(label: str, answers: list[Any]) -> Iterator[Row]:
+        count, length = len(answers), ours.backend.tokens + QUESTION + c.new / 2
+        share = step_bytes(ours, count, length) / rate * _tokens_per_second(answers) / count
+        yield Row(f"{label}: share of the bandwidth limit", share)
+        flipped, gap = flips(answers, alone)
+        unit = f"of {count} in {min(c.new, ALONE)} tokens, at most {gap:.2g} std of the logits from a tie"
+        yield Row(f"{label}: answers that flip beside the others", flipped, unit)
+        together = ours.ask(_questions(c, model, count), ALONE, logits=True)
+        found = cosine(together, alone)
+        title = f"{label}: least cosine of logits with those given alone"
+        yield Row(title, found, "", f"≥ {TOGETHER}", found >= TOGETHER)
+
+    try:
+        ours.capture(most)
+        alone = [ours.ask([prompt], ALONE, logits=True)[0] for prompt in _questions(c, model, most)]
+        yield from _served(c, model, ours, more=more)
+        yield from _poisson(c, model, ours)
+    finally:
+        ours.stop()
+
+
+def _questions(c: Context, model: str, count: int, seed: int = 0) -> Any:
+    from gpu_models import prompts
+
+    return prompts(model, c.size, count, QUESTION, seed)
+
+
+def _served(
+    c: Context, model: str, server: Any, kind: str = "", more: Callable[..., Iterator[Row]] | None = None
+) -> Iterator[Row]:
+    """The rows of each of --streams; `more` makes some of the answers to the questions of seed 0."""
+    import torch
+    from gpu_serving import figures
+
+    for count in c.streams:
+        label = f"{model}, streams {count}{kind}"
+        if c.late():
+            yield Row(f"{label}: tokens per second", "skipped: out of time")
+            continue
+        if c.real:
+            torch.cuda.reset_peak_memory_stats()
+        server.ask(_questions(c, model, count, 3), 4)  # shapes seen for the first time
+        runs = [server.ask(_questions(c, model, count, seed), c.new) for seed in range(3)]
+        for answer in (answer for run in runs for answer in run):
+            if not len(answer.times) == len(answer.tokens) == c.new:
+                raise RuntimeError(f"{label}: an answer of {len(answer.tokens)} tokens, expected {c.new}")
+        found = sorted((figures(run) for run in runs), key=lambda f: f["tokens per second"])[1]
+        for name, (value, unit) in found.items():
+            yield Row(f"{label}: {name}", value, unit)
+        if c.real:
+            yield Row(f"{label}: memory at its peak", torch.cuda.max_memory_allocated() / 2**30, "GiB")
+        if more:
+            yield from more(label, runs[0])
+
+
+def _poisson(c: Context, model: str, server: Any) -> Iterator[Row]:
+    from gpu_serving import arrivals, figures
+
+    count = max(c.streams)
+    label = f"{model}, streams {count} by Poisson, {RATE:g}/s"
+    if c.late():
+        yield Row(f"{label}: tokens per second", "skipped: out of time")
+        return
+    answers = server.ask(_questions(c, model, count, 4), c.new, arrivals(count, RATE))
+    for name, (value, unit) in figures(answers).items():
+        yield Row(f"{label}: {name}", value, unit)
+
+
+def serving_transformers(c: Context) -> Iterator[Row]:
+    """The prompts of `serving` as one batch in `generate`, which ends together; and in transformers' own
+    continuous batching, which takes no pictures: words alone, as many as the picture would have been."""
+    for model in c.models:
+        yield from guarded(model, _serving_transformers(c, model))
+        _release(c)
+
+
+def _serving_transformers(c: Context, model: str) -> Iterator[Row]:
+    from gpu_models import Theirs
+    from gpu_serving import Continuous
+
+    theirs = Theirs(model, c.size, c.device)
+    yield from _served(c, model, theirs)
+    yield from _peer(
+        f"{model}: continuous batching",
+        lambda: Continuous(theirs, c.size == "tiny"),
+        lambda continuous: _served(c, model, continuous, ", words alone"),
+    )
+
+
+def serving_vllm(c: Context) -> Iterator[Row]:
+    """The prompts of `serving` in vLLM; the pictures are PIL's, of the tower's size, which it prepares."""
+    from gpu_serving import Vllm
+
+    def rows(vllm: Any) -> Iterator[Row]:
+        yield from _served(c, model, vllm)
+        yield from _poisson(c, model, vllm)
+
+    for model in c.models:
+        most = max(c.streams)
+        yield from _peer(f"{model}: vLLM", lambda: Vllm(model, c.size, most, LENGTH[c.size]), rows)  # noqa: B023
+        _release(c)
+
+
+def _peer(label: str, make: Callable[[], Any], rows: Callable[[Any], Iterator[Row]]) -> Iterator[Row]:
+    """Rows of a server that is not ours, of which nothing is promised; where it fails, one that says why."""
+    try:
+        server = make()
+        try:
+            yield from rows(server)
+        finally:
+            server.stop()
+    except Exception as e:
+        yield Row(label, f"not run: {type(e).__name__}: {(str(e).strip().splitlines() or [''])[-1][:300]}")
 
 
 # ------------------------------------------------------------------------------------------- goldens
@@ -686,59 +856,70 @@ def _answer(pipeline: Any, folder: Path, case: dict[str, Any], expected: Any) ->
 
 PARTS: dict[str, Callable[[Context], Iterator[Row]]] = {
     "machine": machine, "kernels": kernels, "goldens": goldens, "kernel-times": kernel_times,
-    "decode": decode, "transformers": transformers, "compiled": compiled,
+    "decode": decode, "transformers": transformers, "compiled": compiled, "serving": serving,
+    "serving-transformers": serving_transformers, "serving-vllm": serving_vllm,
 }  # fmt: skip
 
 
 def ratios(c: Context, parts: dict[str, Any]) -> list[Row]:
-    """Ours over theirs, of the tokens per second that are known; bounds at batch 1."""
+    """Ours over theirs, of the tokens per second that are known, with the bounds of FASTER."""
 
     def known(part: str) -> dict[str, float]:
         rows = parts.get(part, {}).get("rows", [])
         return {r["name"]: r["value"] for r in rows if isinstance(r["value"], float)}
 
-    rows, ours = [], known("decode")
-    for part, least in (("transformers", EAGER), ("compiled", COMPILED)):
-        for name, value in known(part).items():
+    rows = []
+    for (part, other), bounds in FASTER.items():
+        ours = known(part)
+        for name, value in known(other).items():
             if name not in ours or not value:
                 continue
-            if name.endswith("tokens per second"):
-                title, ratio = f"{name}, over {part}", ours[name] / value
-                one = ", batch 1:" in name
-                rows.append(c.least(title, ratio, "×", least) if one else Row(title, ratio, "×"))
-            elif "first token" in name:
-                rows.append(Row(f"{name}, {part} over ours", value / ours[name], "×"))
+            if count := re.fullmatch(r"\w+, (?:batch|streams) (\d+): tokens per second", name):
+                title, ratio = f"{name}, over {other}", ours[name] / value
+                least = bounds.get(int(count[1]))
+                rows.append(c.least(title, ratio, "×", least) if least else Row(title, ratio, "×"))
+            elif name.endswith("time to first token, one image"):
+                rows.append(Row(f"{name}, {other} over ours", value / ours[name], "×"))
     return rows
 
 
-def run_part(name: str, c: Context, parts: dict[str, Any]) -> list[Row]:
+def run_part(name: str, c: Context, parts: dict[str, Any], save: Callable[[], None]) -> list[Row]:
+    """Its rows, which stand in `parts` and are saved one by one, beside those of earlier runs that this one
+    does not measure again."""
     began = time.monotonic()
+    before = parts.get(name, {}).get("rows", [])
     rows: list[Row] = []
-    error = ""
+
+    def keep(done: bool) -> None:
+        fresh = {row.name for row in rows}
+        kept = [r for r in before if r["name"] not in fresh and (not done or _other(r["name"], c))]
+        seconds = round(time.monotonic() - began, 1)
+        parts[name] = {"seconds": seconds, "rows": kept + [asdict(row) for row in rows]}
+        save()
+
     print(f"\n{name}", flush=True)
     try:
         for row in PARTS[name](c):
             rows.append(row)
             print("  " + line(row), flush=True)
+            keep(False)
     except Exception as e:
         error = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:300]}"
         traceback.print_exc()
         print(f"  FAILED: {error}", flush=True)
         rows.append(Row(f"{name}: failed", error, ok=False))
     _release(c)
-    fresh = {row.name for row in rows}
-    kept = [r for r in parts.get(name, {}).get("rows", []) if r["name"] not in fresh and _other(r["name"], c)]
-    seconds = round(time.monotonic() - began, 1)
-    parts[name] = {"seconds": seconds, "rows": kept + [asdict(row) for row in rows]}
+    keep(True)
     return rows
 
 
 def _other(name: str, c: Context) -> bool:
     """Whether a row of an earlier run is of a model, a batch or a backend that this run leaves out."""
     model = name.split(",")[0].split(":")[0]
-    batch = name.partition(", batch ")[2].partition(":")[0]
     if model in ("qwen_vl", "llava"):
-        return model not in c.models or (batch.isdigit() and int(batch) not in c.batches)
+        size = re.search(r", (batch|streams) (\d+)", name)
+        asked = {"batch": c.batches, "streams": c.streams}
+        return model not in c.models or (size is not None and int(size[2]) not in asked[size[1]])
     backend = name.split(",")[0].split(" ")[0].rstrip(":")
     return backend in BACKENDS and backend not in c.backends
 
@@ -793,14 +974,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--goldens", type=Path, help="folder of the reference outputs")
     parser.add_argument("--model", nargs="+", choices=["qwen_vl", "llava"], default=["qwen_vl", "llava"])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--streams", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64], help="of serving")
     parser.add_argument("--backend", nargs="+", choices=BACKENDS, default=list(BACKENDS), help="of goldens")
     parser.add_argument("--new-tokens", type=int, default=128, help="of a timed answer")
     parser.add_argument("--minutes", type=float, default=8, help="after them a part starts no measurement")
     parser.add_argument("--device", default="cuda", help="cuda, cuda:1, or cpu for a trial of this program")
     parser.add_argument("--size", choices=["full", "tiny"], default="full")
     args = parser.parse_args(argv)
-    if min(args.batch) < 1 or args.new_tokens < 8:
-        parser.error("--batch must be at least 1, --new-tokens at least 8")
+    if min(*args.batch, *args.streams) < 1 or args.new_tokens < 8:
+        parser.error("--batch and --streams must be at least 1, --new-tokens at least 8")
     if args.device == "cpu" and args.size == "full":
         parser.error("--device cpu goes with --size tiny")
     return args
@@ -823,7 +1005,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.cuda.set_device(torch.device(args.device).index or 0)
     make_importable()
     c = Context(
-        args.device, args.size, args.model, sorted(args.batch), args.backend,
+        args.device, args.size, args.model, sorted(args.batch), sorted(args.streams), args.backend,
         args.goldens and args.goldens.resolve(), args.new_tokens, 0.0,
     )  # fmt: skip
     where = "CPU" if args.device == "cpu" else torch.cuda.get_device_name()
@@ -833,16 +1015,19 @@ def main(argv: list[str] | None = None) -> int:
     found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     if found.get("machine") != name or found.get("size") != args.size:  # another machine's numbers do not mix
         found = {"machine": name, "size": args.size, "parts": {}}
-    rows: list[Row] = []
-    for part in args.part:
-        c.deadline = time.monotonic() + 60 * args.minutes
-        rows += run_part(part, c, found["parts"])
+    words = " ".join(["python scripts/gpu_check.py", *(argv if argv is not None else sys.argv[1:])])
+
+    def save() -> None:
         found["when"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-        words = " ".join(["python scripts/gpu_check.py", *(argv if argv is not None else sys.argv[1:])])
         found["parts"][part]["command"] = words
         file.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
         (args.output / "gpu_check.md").write_text(report(c, found))
-    if {"decode", "transformers", "compiled"} & set(args.part):
+
+    rows: list[Row] = []
+    for part in args.part:
+        c.deadline = time.monotonic() + 60 * args.minutes
+        rows += run_part(part, c, found["parts"], save)
+    if set(args.part) & {part for pair in FASTER for part in pair}:
         rows += ratios(c, found["parts"])
     bad = [line(row) for row in rows if row.ok is False]
     print(f"\n{args.output / 'gpu_check.md'}: " + (f"{len(bad)} missed" if bad else "all bounds hold"))

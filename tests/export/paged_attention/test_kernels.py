@@ -12,8 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from rtp_llm.errors import InternalError
 from rtp_llm.export.paged_attention import kernels, reference
@@ -102,10 +105,20 @@ def test_each_kernel_equals_the_reference_for_many_more_mixtures(case: Case, spl
         Case(rows=((700, 1), (130, 66)), kv_heads=1, group=1, head_dim=64, window=400, dtype="float16"),
         Case(rows=((40, 1), (0, 5)), kv_heads=1, group=71, head_dim=64),
         Case(rows=((0, 510), (20, 1), (9, 6)), kv_heads=1, group=1),
+        Case(
+            rows=((0, 505), (4, 0), (30, 8)),
+            kv_heads=1,
+            group=3,
+            head_dim=80,
+            window=20,
+            spare_tokens=5,
+            unmapped=True,
+            dtype="bfloat16",
+        ),
     ],
-    ids=["long contexts", "long window", "71 heads on one", "more tokens than are split"],
+    ids=["long contexts", "long window", "71 heads on one", "more tokens than are split", "and no keys"],
 )
-def test_the_torch_op_on_cuda_is_the_three_kernels(case: Case) -> None:
+def test_the_torch_op_on_cuda_is_the_kernels_one_after_another(case: Case) -> None:
     (output,), after = interpreted("step", *case.arrays(), **case.attributes)
     want = reference.paged_attention(*case.arrays(), **case.attributes)
     close(output, want[0], case.dtype)
@@ -149,6 +162,25 @@ def test_attention_copies_keys_ahead_16_bytes_at_a_time_and_multiplies_on_tensor
         assert instruction in ptx
         sizes = set(re.findall(r"cp\.async\.c\w\.shared\.global \[.*?\], \[.*?\], (\w+)", ptx))
         assert sizes == {"0x10"}, f"sm_{capability}"
+
+
+@pytest.mark.parametrize("capability", TARGETS)
+def test_the_kernel_that_writes_the_output_itself_compiles_for_every_target(capability: int) -> None:
+    sizes = {"heads": 32, "kv_heads": 8, "head_dim": 128, "block_size": 16}
+    constants = kernels.constants("partial_attention", "bfloat16", splits=1, **sizes) | {"stats": None}
+    types = kernels.signature("partial_attention", "bfloat16") | {"partial": "*bf16", "stats": "constexpr"}
+    source = ASTSource(kernels._partial_attention, types, constants)
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=kernels._OPTIONS)
+    assert built.metadata.shared <= 48 * 1024
+    assert "st.global" in built.asm["ptx"] and ".entry" in built.asm["ptx"]
+
+
+def test_more_tokens_than_are_split_are_answered_by_one_kernel_that_writes_no_partials() -> None:
+    sizes: dict[str, Any] = {"heads": 8, "kv_heads": 8, "head_dim": 64, "itemsize": 2}
+    split, whole = (kernels.bytes_moved([(0, new)], **sizes) for new in (512, 513))
+    output = 513 * 8 * 64 * 2
+    assert split["combine"] > 0 == whole["combine"]
+    assert whole["partial_attention"] == 2 * output + 2 * output  # queries, output; keys, values
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
