@@ -45,7 +45,7 @@ from .errors import InternalError, MissingDependency, RtpLlmError, UserError
 from .export.bundle import Bundle
 from .model_factory import ModelConfig, ModelFactory
 from .pipeline import Pipeline
-from .roofline import limits, repeated, spread
+from .roofline import Work, limits, repeated, spread
 from .runtime.backends import device_of
 from .runtime.backends.onnx import physical_cores
 from .runtime.kv_cache import BLOCK
@@ -115,7 +115,7 @@ def measure(
     packages = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "torch", "numpy")
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "machine": {**machine(), "device": device_of(bundle, config.device), "threads": threads},
+        "machine": {**machine(device_of(bundle, config.device)), "threads": threads},
         "versions": {"rtp_llm": __version__, "python": platform.python_version()}
         | {name: there for name in packages if (there := version(name))},
         "bundle": {
@@ -181,8 +181,8 @@ class _Bench:
         again = self.pictures(1)
         asked: dict[str, tuple[int, Callable[[], list[bytes]]]] = {
             "1 picture": (1, lambda: self.pictures(1)),
-            "4 pictures": (4, lambda: self.pictures(4)),
             "1 picture, known": (1, lambda: again),
+            "4 pictures": (4, lambda: self.pictures(4)),
         }
         for kind, (count, pictures) in asked.items():
             runs = partial(self.picture_seconds, pictures)
@@ -337,15 +337,16 @@ class _Memory:
     def __enter__(self) -> _Memory:
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-            threading.Thread(target=self._look, daemon=True).start()
+        threading.Thread(target=self._look, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._left.set()
 
     def _look(self) -> None:
-        while not self._left.wait(0.05):
-            self._most = {name: max(most, memory("self", name)) for name, most in self._most.items()}
+        with suppress(OSError):
+            while not self._left.wait(0.05):
+                self._most = {name: max(most, memory("self", name)) for name, most in self._most.items()}
 
     def peak(self) -> dict[str, int] | None:
         with suppress(OSError):
@@ -354,7 +355,7 @@ class _Memory:
         return None
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str) -> dict[str, Any]:
     """Facts about it; memory in bytes."""
     cpu = platform.processor() or platform.machine()
     with suppress(OSError):
@@ -364,7 +365,8 @@ def machine() -> dict[str, Any]:
         "cpu": cpu,
         "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
         "memory": psutil.virtual_memory().total,
-        "gpu": _gpu(),
+        "device": device,
+        "gpu": None if device == "cpu" else _gpu(),
         "system": f"{platform.system()} {platform.machine()}",
     }
 
@@ -443,7 +445,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as e:
         raise MissingDependency("no plot: it needs matplotlib: pip install matplotlib") from e
-    figure = Figure(figsize=(16, 5), layout="constrained")
+    figure = Figure(figsize=(16, 5.5), layout="constrained")
     rates, first, load = figure.subplots(1, 3)
     m, b, s, found = report["machine"], report["bundle"], report["settings"], report["limits"]
     figure.suptitle(
@@ -452,27 +454,30 @@ def plot(report: dict[str, Any], path: Path) -> None:
     )
 
     decode, prefill = report["decode_tokens_per_second"], report["prefill_tokens_per_second"]
-    rows = [*map(int, decode), s["prompt_tokens"]]  # tokens of a step
+    batches, prompt = [*map(int, decode)], s["prompt_tokens"]
     if "missing" not in found:
-        allowed = [*found["decode_tokens_per_second"].values(), found["prefill_tokens_per_second"]]
-        rate = found["operations_per_second"][b["precision"]]["median"] / 1e9
-        read = found["read_bytes_per_second"]["median"] / 1e9
-        for by, colour, text in (("memory", "tab:blue", f"memory, {read:.1f} GB/s"),
-                                 ("arithmetic", "tab:red", f"arithmetic, {rate:,.0f} Gop/s")):  # fmt: skip
-            rates.plot(rows, [limit[by] for limit in allowed], color=colour, label=f"limit by {text}")
-        lowest = [min(limit.values()) for limit in allowed]
-        rates.fill_between(rows, lowest, max(max(limit.values()) for limit in allowed), color="0.93")
-    for name, figures, at, marker in (("decode", [*decode.values()], rows[:-1], "o"),
-                                      ("prefill", [prefill], rows[-1:], "s")):  # fmt: skip
+        read = found["read_bytes_per_second"]["median"]
+        rate, rate32 = (found["operations_per_second"][p]["median"] for p in (b["precision"], "fp32"))
+        decoder, rows = Work(**found["decoder"]), np.geomspace(1, prompt, 100)
+        cached = rows * found["context"]
+        by_memory = decoder.memory(read, rows, cached)
+        by_arithmetic = decoder.arithmetic(rate, rate32, rows, rows, cached)
+        rates.plot(rows, by_memory, label=f"decode, limit by memory ({read / 1e9:.1f} GB/s)")
+        text = f"decode, limit by arithmetic ({rate / 1e9:,.0f} Gop/s)"
+        rates.plot(rows, by_arithmetic, color="tab:red", label=text)
+        lowest = min(found["prefill_tokens_per_second"].values())
+        rates.plot(prompt, lowest, "_", color="black", markersize=20, label="prefill, limit")
+    for name, figures, at, marker in (
+        ("decode", [*decode.values()], batches, "o"),
+        ("prefill", [prefill], [prompt], "s"),
+    ):
         medians = np.array([f["median"] for f in figures])
         errors = np.abs([[f[end] for f in figures] for end in ("least", "most")] - medians)
         rates.errorbar(at, medians, errors, fmt=marker, color="black", capsize=3, label=f"{name}, measured")
-    rates.set(
-        xscale="log", yscale="log", title="Throughput", xlabel="tokens in a step", ylabel="tokens a second"
-    )
-    rates.set_xticks(rows, [str(n) for n in rows], minor=False)
+    rates.set(xscale="log", yscale="log", title="Throughput", ylabel="tokens a second")
+    rates.set_xlabel("tokens in a step: answers side by side, or the prompt")
+    rates.set_xticks([*batches, prompt], [*decode, str(prompt)])
     rates.minorticks_off()
-    rates.legend()
 
     kinds = {kind: f for kind, f in report["first_token_seconds"].items() if f}
     for at, f in enumerate(kinds.values()):
@@ -491,16 +496,13 @@ def plot(report: dict[str, Any], path: Path) -> None:
             times = [1000 * a[key][q] for a in report["arrivals"]]
             load.plot(offered, times, style, color=colour, label=f"{name}, {q}")
     ticks = [
-        f"{a['offered_requests_per_second']:.3g}\n{a['share']:.0%}\n{_number(a['tokens_per_second'])}/s"
+        f"{a['offered_requests_per_second']:.3g}/s\n{a['share']:.0%}\n{_number(a['tokens_per_second'])}/s"
         for a in report["arrivals"]
     ]
     load.set_xticks(offered, ticks)
-    load.set(
-        yscale="log",
-        title="Poisson arrivals",
-        xlabel="requests a second, share of the capacity, answered",
-        ylabel="ms",
-    )
+    load.set(yscale="log", title="Poisson arrivals", ylabel="ms")
+    load.set_xlabel("requests offered, share of the capacity, tokens answered")
     load.margins(x=0.2)
-    load.legend()
+    for axes in (rates, load):
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2, fontsize="small", frameon=False)
     figure.savefig(path, dpi=100)

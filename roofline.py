@@ -35,6 +35,7 @@ from .runtime.kv_cache import BLOCK
 READ = 2**31  # bytes, to measure the bandwidth
 ROWS, SIDE = 512, 4096  # the product that measures the arithmetic is [ROWS, SIDE] × [SIDE, SIDE]
 QUANTISED = 32  # weights that share a scale
+Number = Any  # or an array of numbers
 
 
 def repeated(run: Callable[[], float], repeat: int) -> dict[str, Any]:
@@ -57,11 +58,11 @@ class Work:
     kv_bytes: float  # k
     attention: int  # 4·L·H·D
 
-    def memory(self, bandwidth: float, rows: int, cached: int) -> float:
+    def memory(self, bandwidth: float, rows: Number, cached: Number) -> Number:
         """Tokens a second of steps with `rows` tokens that read the keys and values of `cached`."""
         return rows * bandwidth / (self.weight_bytes + self.kv_bytes * cached)
 
-    def arithmetic(self, rate: float, rate32: float, rows: int, heads: int, pairs: int) -> float:
+    def arithmetic(self, rate: float, rate32: float, rows: Number, heads: Number, pairs: Number) -> Number:
         """Tokens a second of steps with `rows` tokens, `heads` of them with logits."""
         products = 2 * (rows * self.weights + heads * self.head_weights)
         return rows / (products / rate + self.attention * pairs / rate32)
@@ -170,6 +171,7 @@ def limits(
 
     return {
         "decoder": dataclasses.asdict(decoder),
+        "context": context,
         "read_bytes_per_second": read,
         "operations_per_second": rates,
         "prefill_tokens_per_second": of(
