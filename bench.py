@@ -3,7 +3,8 @@
 Prompts are random token ids, of which no two begin alike, and pictures are new unless they are called known.
 The first run of each measurement warms up and is not counted.
 
-load          from the first import in a fresh process to the first token of a short text
+load          from the first import in a fresh process to the first token of a short text; the bundle's files
+              are in the page cache
 first token   from the call, pictures being JPEG files, to the token
 prefill       tokens of a text prompt over the time from its first step to its first token
 decode        tokens over time while all answers of the batch are being written: their prompts are cached
@@ -57,8 +58,7 @@ import time
 began = time.perf_counter()
 import json, sys
 from rtp_llm.bench import first_step
-first_step(json.loads(sys.argv[1]))
-print(time.perf_counter() - began)
+print(first_step(json.loads(sys.argv[1])) - began)
 """
 
 
@@ -104,12 +104,12 @@ def measure(
     settings.check(bundle, config)
     config = dataclasses.replace(config, ckpt_path=str(bundle.path))
     threads = config.threads or physical_cores()
-    tell("load time")
-    load = repeated(lambda: load_seconds(config), settings.repeat)
     with _Memory() as resident, Pipeline(ModelFactory.from_model_config(config)) as pipeline:
         found = _Bench(pipeline, settings).figures(tell)
         peak = resident.peak()
         block_bytes = pipeline.model.engine.backend.block_bytes
+    tell("load time")
+    load = repeated(partial(load_seconds, config), settings.repeat)
     tell("the machine's limits")
     context = settings.prompt_tokens + settings.new_tokens // 2
     packages = ("onnxruntime", "onnxruntime-gpu", "tensorrt", "torch", "numpy")
@@ -150,10 +150,11 @@ def load_seconds(config: ModelConfig) -> float:
     return float(done.stdout.splitlines()[-1])
 
 
-def first_step(config: dict[str, Any]) -> None:
-    """Open a bundle and compute one token: what `load_seconds` runs."""
+def first_step(config: dict[str, Any]) -> float:
+    """Open a bundle and compute one token; when it was there (time.perf_counter()). In `load_seconds`."""
     with Pipeline(ModelFactory.from_model_config(ModelConfig(**config))) as pipeline:
         next(pipeline([0] * BLOCK, generate_config={"max_new_tokens": 1}))
+        return time.perf_counter()
 
 
 class _Bench:
@@ -282,7 +283,8 @@ class _Bench:
 
         async def answer(arrived: float, request: dict[str, Any]) -> list[float]:
             await asyncio.sleep(arrived - time.perf_counter())
-            return [time.perf_counter() - arrived async for _ in self.pipeline.pipeline_async(**request)]
+            responses = self.pipeline.pipeline_async(**request)
+            return [round(time.perf_counter() - arrived, 6) async for _ in responses]
 
         async def answers() -> list[list[float]]:
             began = time.perf_counter()
