@@ -32,7 +32,7 @@ from .export.bundle import Bundle
 from .runtime.backends.onnx import import_onnxruntime
 from .runtime.kv_cache import BLOCK
 
-READ = 2**31  # bytes, to measure the bandwidth
+READ = 2**30  # bytes, to measure the bandwidth
 ROWS, SIDE = 512, 4096  # the product that measures the arithmetic is [ROWS, SIDE] × [SIDE, SIDE]
 QUANTISED = 32  # weights that share a scale
 Number = Any  # or an array of numbers
