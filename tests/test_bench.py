@@ -18,19 +18,7 @@ from rtp_llm.errors import UserError
 from rtp_llm.export.bundle import read
 from rtp_llm.export.exporter import export
 
-SHORT = [
-    "--prompt-tokens",
-    "32",
-    "--new-tokens",
-    "12",
-    "--batch",
-    "1",
-    "3",
-    "--repeat",
-    "2",
-    "--requests",
-    "6",
-]
+SHORT = "--prompt-tokens 32 --new-tokens 12 --batch 1 3 --repeat 2 --requests 6".split()
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +174,19 @@ def test_decode_writes_all_answers_to_their_end(qwen_bundle: Path, monkeypatch: 
         reused = model.engine.stats().reused_tokens
     assert [[len(at) for at in times] for times in seen] == [[20] * 5] * 2
     assert reused >= 5 * 32, "the second time nothing but the last tokens of the prompts is computed"
+
+
+def test_pictures_that_do_not_fit_are_left_out(
+    qwen_bundle: Path, done: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    config = bench.ModelConfig(max_seq_len=400)  # a picture has 256 tokens
+    with bench.Pipeline(bench.ModelFactory.from_huggingface(qwen_bundle, None, config)) as pipeline:
+        found = bench._Bench(pipeline, bench.Settings(32, 12, (1,), 1, 2)).figures(lambda _: None)
+    first = found["first_token_seconds"]
+    assert first["1 picture"]["median"] > 0 and first["4 pictures"] is None
+    report = done[0] | {"first_token_seconds": first}
+    assert ("first token, 4 pictures", "does not fit", "", "", "", "") in bench.tables(report)[1]
+    bench.plot(report, tmp_path / "plot.png")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
