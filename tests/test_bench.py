@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -174,6 +175,22 @@ def test_decode_writes_all_answers_to_their_end(qwen_bundle: Path, monkeypatch: 
         reused = model.engine.stats().reused_tokens
     assert [[len(at) for at in times] for times in seen] == [[20] * 5] * 2
     assert reused >= 5 * 32, "the second time nothing but the last tokens of the prompts is computed"
+
+
+def test_without_limits_the_table_says_why_and_the_plot_still_comes(
+    qwen_bundle: Path, done: tuple[dict[str, Any], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    bundle = read(qwen_bundle)
+    found = roofline.limits(bundle, 16, 1, 1, [1], 32, 40)
+    assert found == {"missing": "they need onnx: pip install onnx"}
+    paged = dataclasses.replace(bundle, model=dataclasses.replace(bundle.model, attention="paged"))
+    assert "on a CPU only" in roofline.limits(paged, 16, 1, 1, [1], 32, 40)["missing"]
+    report = done[0] | {"limits": found}
+    assert ("limits", found["missing"]) in bench.tables(report)[0]
+    bench.plot(report, tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as plot:
+        plot.load()
 
 
 def test_pictures_that_do_not_fit_are_left_out(
