@@ -122,7 +122,13 @@ def product_rate(precision: str, threads: int, repeat: int) -> dict[str, Any]:
             rng.random((SIDE, blocks), np.float32),
             rng.integers(0, 256, (SIDE, blocks * bits // 8), np.uint8),
         ]
-        sizes = {"N": SIDE, "K": SIDE, "bits": bits, "block_size": QUANTISED, "accuracy_level": 4}
+        sizes: dict[str, Any] = {
+            "N": SIDE,
+            "K": SIDE,
+            "bits": bits,
+            "block_size": QUANTISED,
+            "accuracy_level": 4,
+        }
         node = make.make_node("MatMulNBits", ["x", "0", "1", "2"], ["y"], domain="com.microsoft", **sizes)
     named = [numpy_helper.from_array(w, str(i)) for i, w in enumerate(weights)]
     ends = [make.make_tensor_value_info(name, TensorProto.FLOAT, [ROWS, SIDE]) for name in "xy"]
