@@ -9,7 +9,8 @@ first token   from the call, pictures being JPEG files, to the token
 prefill       tokens of a text prompt over the time from its first step to its first token
 decode        tokens over time while all answers of the batch are being written: their prompts are cached
 capacity      requests a second when all are there at once; every second one has a new picture
-arrivals      the same requests as a Poisson process; their times count from the arrival
+arrivals      the same requests as a Poisson process; their times count from the arrival, the rates of
+              what is answered go to the end of the last answer
 memory        most resident bytes of this process (VmHWM) from opening the bundle to the last arrival; and
               the most of its anonymous and of its file pages, looked at every 50 ms
 """
@@ -479,7 +480,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     rates.set(xscale="log", yscale="log", title="Throughput", ylabel="tokens a second")
     rates.set_xlabel("tokens in a step: answers side by side, or the prompt")
     rates.set_xticks([*batches, prompt], [*decode, str(prompt)])
-    rates.minorticks_off()
+    rates.set_xticks([], minor=True)
 
     kinds = {kind: f for kind, f in report["first_token_seconds"].items() if f}
     for at, f in enumerate(kinds.values()):
