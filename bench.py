@@ -380,7 +380,7 @@ def machine(device: str) -> dict[str, Any]:
 def tables(report: dict[str, Any]) -> list[list[tuple[str, ...]]]:
     """What `measure` found, in rows of cells: where from, the figures, the arrivals."""
     m, b, s, found = report["machine"], report["bundle"], report["settings"], report["limits"]
-    about = [
+    about: list[tuple[str, ...]] = [
         ("bundle", f"{b['name']}, {b['backend']}, {b['precision']}, {b['parameters']:,} parameters, "
                    f"{b['bytes'] / 1e6:,.0f} MB"),
         ("machine", f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, {m['memory'] / 1e9:.0f} GB, "
@@ -483,11 +483,10 @@ def plot(report: dict[str, Any], path: Path) -> None:
     rates.set_xticks([], minor=True)
 
     kinds = {kind: f for kind, f in report["first_token_seconds"].items() if f}
-    for at, f in enumerate(kinds.values()):
-        first.barh(at, 1000 * f["median"], color="tab:blue", alpha=0.4)
-        first.plot(
-            [1000 * run for run in f["runs"]], [at] * len(f["runs"]), "|", color="black", markersize=14
-        )
+    for place, f in enumerate(kinds.values()):
+        first.barh(place, 1000 * f["median"], color="tab:blue", alpha=0.4)
+        runs = [1000 * run for run in f["runs"]]
+        first.plot(runs, [place] * len(runs), "|", color="black", markersize=14)
     first.set_yticks(range(len(kinds)), list(kinds))
     first.invert_yaxis()
     first.set(title=f"Time to first token, {s['prompt_tokens']} tokens of text", xlabel="ms")
