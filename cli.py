@@ -1,5 +1,5 @@
-"""The command line: rtp-llm export | build | verify | inspect | chat | batch | serve | tritonserver | doctor;
-and what is coming.
+"""The command line: rtp-llm export | build | verify | inspect | chat | batch | serve | tritonserver | bench |
+doctor.
 
 Nothing heavy is imported before a command runs. Exit codes: 0, 1 failed, 2 wrong use.
 """
@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
-from .errors import NotSupportedYet, RtpLlmError, UserError
+from .errors import MissingDependency, RtpLlmError, UserError
 from .runtime.server.settings import FIELDS, FLAGS, add_arguments
 from .runtime.tritonserver.options import add_flags, options_of
 
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
     from .pipeline import Pipeline
     from .runtime.batch import Tally
 
-COMING = {
-    "bench": "time to first token, tokens per second, throughput under load",
-}
 VERDICT = {True: "ok", False: "FAILED", None: "not checked"}  # of a stage of verify
 BUNDLE = "bundle folder; or a checkpoint folder or hub id, which is exported into the cache first"
 
@@ -129,9 +127,22 @@ def parser() -> Parser:
     sub.add_argument("bundle", nargs="?", metavar="BUNDLE", help=f"{BUNDLE} (default: CHECKPOINT_PATH)")
     add_flags(sub)
 
+    sub = command("bench", "time to first token, tokens per second, throughput under load",
+                  "rtp-llm bench demo-bundle --output bench.json", True)  # fmt: skip
+    sub.add_argument("bundle", metavar="BUNDLE", help=BUNDLE)
+    for name, default, help in (
+        ("--prompt-tokens", 128, "of text, in each prompt"),
+        ("--new-tokens", 64, "of each answer"),
+        ("--repeat", 5, "counted runs of each measurement"),
+        ("--requests", 32, "of each rate of arrivals"),
+    ):
+        sub.add_argument(name, type=int, default=default, metavar="N", help=f"{help} [{default}]")
+    sub.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N",
+                     help="answers that are decoded side by side [1 2 4 8]")  # fmt: skip
+    sub.add_argument("--output", type=Path, metavar="FILE.json", help="every run; a plot beside it, FILE.png")
+    _checkpoint_options(sub, runs=True)
+
     command("doctor", "what works on this machine, and how to mend what does not", "rtp-llm doctor", True)
-    for name, text in COMING.items():
-        sub = command(name, f"(coming) {text}", f"rtp-llm {name} demo-bundle")
     return top
 
 
@@ -182,13 +193,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         cut = words.index("--")
         words, after = words[:cut], words[cut + 1 :]
     args, unknown = top.parse_known_args(words)
-    args.after = after
+    args.after, args.line = after, shlex.join(["rtp-llm", *words])
     optional = {"chat": "prompt", "serve": "bundle", "tritonserver": "bundle"}.get(args.command, "")
     if optional and getattr(args, optional) is None and unknown and not unknown[0].startswith("-"):
         setattr(args, optional, unknown.pop(0))  # argparse takes no optional positional after an option
     try:
-        if args.command in COMING:
-            raise NotSupportedYet(f"`rtp-llm {args.command}` is not supported yet in {__version__}")
         if unknown:
             top.error(f"{args.command}: unknown argument {unknown[0]}")
         return int(globals()[f"_{args.command}"](args))
@@ -530,6 +539,33 @@ def _doctor(args: argparse.Namespace) -> int:
             if c.fix and not (args.quiet and c.status != "broken"):
                 print(f"\n{c.name}: {c.fix}")
     return 1 if any(c.status == "broken" for c in checks) else 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from .bench import Settings, measure, plot, tables
+
+    if args.output and (args.output.suffix != ".json" or not args.output.absolute().parent.is_dir()):
+        raise UserError(f"--output {args.output} must be a .json file in a folder that exists")
+    settings = Settings(args.prompt_tokens, args.new_tokens, args.batch, args.repeat, args.requests)
+
+    def tell(text: str) -> None:
+        if not args.quiet:
+            print(f"measuring {text}", file=sys.stderr, flush=True)
+
+    report = {"command": args.line, **measure(_bundle(args), _config(args), settings, tell)}
+    if args.json:
+        print(json.dumps(report))
+    else:
+        for rows in tables(report):
+            _table(rows)
+            print()
+    if args.output:
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+        try:
+            plot(report, args.output.with_suffix(".png"))
+        except MissingDependency as e:
+            print(f"rtp-llm bench: {e}", file=sys.stderr)
+    return 0
 
 
 def _batch(args: argparse.Namespace) -> int:

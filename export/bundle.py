@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import time
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -181,6 +182,7 @@ class Origin:
     fingerprint: str
     options: dict[str, Any]  # of the export
     tools: dict[str, str]  # name → version
+    seconds: float | None = None  # that the export took; None: made before that was recorded
 
 
 @dataclass(frozen=True)
@@ -385,13 +387,19 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def write(folder: Path, bundle: Bundle) -> Bundle:
-    """Hash every file of `folder` and write its bundle.json; returns the bundle as written."""
+def write(folder: Path, bundle: Bundle, began: float | None = None) -> Bundle:
+    """Hash every file of `folder` and write its bundle.json; returns the bundle as written.
+
+    began: time.monotonic() at the start of the export, whose seconds are recorded.
+    """
     files = {
         str(f.relative_to(folder)): FileSpec(f.stat().st_size, sha256(f))
         for f in sorted(folder.rglob("*"))
         if f.is_file() and f.name != MANIFEST
     }
+    if began is not None:
+        origin = dataclasses.replace(bundle.origin, seconds=round(time.monotonic() - began, 1))
+        bundle = dataclasses.replace(bundle, origin=origin)
     return _record(folder, dataclasses.replace(bundle, files=files))
 
 

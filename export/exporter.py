@@ -86,6 +86,7 @@ def export(
         raise MissingDependency(f"an export needs {e.name}: pip install {names}") from e
 
     source = Checkpoint(resolve(checkpoint, revision, tell=lambda text: tell(Progress(text))))
+    began = time.monotonic()  # it is on this disk
     family, architecture = detect(source.config)
     if model not in (None, family):
         raise CheckpointError(f"{checkpoint} is a {family} checkpoint, --model is {model!r}")
@@ -167,6 +168,7 @@ def export(
                     files={},
                     origin=origin,
                 ),
+                began,
             )
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -28,6 +28,8 @@ from typing import Any, Self
 import httpx
 from PIL import Image
 
+from rtp_llm.bench import memory
+
 CHAT = "/v1/chat/completions"
 START_SECONDS = 900  # a checkpoint may have to be exported first
 OVERLOADED = "409_CONCURRENCY_LIMIT_ERROR"
@@ -209,12 +211,6 @@ def process(pid: int) -> dict[str, int]:
         "file descriptors": len(links),
         "sockets": sum(link.startswith("socket:") for link in links),
     }
-
-
-def memory(pid: int, *fields: str) -> int:
-    """Bytes: the sum of these lines of /proc/PID/status."""
-    lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return sum(int(lines[name].split()[0]) * 1024 for name in fields)
 
 
 # ------------------------------------------------------------------------------------------- requests

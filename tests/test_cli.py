@@ -19,7 +19,7 @@ from rtp_llm.runtime.batch import run
 from rtp_llm.runtime.request import AuxInfo, GenerateOutput, GenerateResponse
 from rtp_llm.talk import Talk
 
-COMMANDS = ["export", "build", "verify", "inspect", "chat", "batch", "tritonserver", "doctor", *cli.COMING]
+COMMANDS = ["export", "build", "verify", "inspect", "chat", "batch", "tritonserver", "bench", "doctor"]
 
 
 def _response(text: str, finished: bool = True) -> GenerateResponse:
@@ -105,7 +105,9 @@ def test_every_command_has_help_with_an_example(command: str, capsys: pytest.Cap
         ("export --model qwen_vl --checkpoint . --backend tflite", 2, "onnxruntime, torchscript or tensorrt"),
         ("inspect no/such/folder", 2, "does not exist"),
         ("batch b no.jsonl out.jsonl", 2, "no such file: no.jsonl"),
-        *((f"{name} b --port 1", 2, f"`rtp-llm {name}` is not supported yet") for name in cli.COMING),
+        ("bench no/such/folder", 2, "does not exist"),
+        ("bench b --output plot.png", 2, "--output plot.png must be a .json file in a folder that exists"),
+        ("bench b --output no/such/folder/a.json", 2, "must be a .json file in a folder that exists"),
     ],
 )
 def test_wrong_use_is_one_line(
