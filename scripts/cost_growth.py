@@ -52,7 +52,7 @@ STARTS = ("cold", "warm")  # of the largest model
 TOLERANCE = 1.15
 SECONDS = 4  # a point is measured again and again for so long, and its best is taken
 PARTS = {"GroupQueryAttention": "attention", "MatMulNBits": "products"}
-WORD = "zz"  # a token of the random vocabulary, whatever stands around it
+WORD = "jj"  # a token of the random vocabularies, however many stand together
 MARK = "## Measured"
 
 

@@ -60,6 +60,20 @@ def test_no_repeat_ngram_is_transformers(tokens: list[int], seed: int, n: int) -
 
 
 @FAST
+@given(token_lists, token_lists, seeds, st.integers(2, 4))
+def test_a_sampler_that_has_followed_an_answer_asks_of_each_token_what_a_new_one_would(
+    prompt: list[int], answer: list[int], seed: int, n: int
+) -> None:
+    s = sequence([-1, *prompt], repetition_penalty=1.5, no_repeat_ngram_size=n)  # an image slot first
+    sampler = Sampler(VOCAB)
+    for token in answer:
+        s.tokens.append(token)
+        wanted = by(hf.RepetitionPenaltyLogitsProcessor(1.5), s.tokens[1:], scores_of(seed))
+        wanted = by(hf.NoRepeatNGramLogitsProcessor(n), s.tokens, wanted)
+        np.testing.assert_allclose(sampler._process(s, scores_of(seed)), wanted, rtol=1e-6)
+
+
+@FAST
 @given(
     token_lists, seeds, st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=3), min_size=1, max_size=4)
 )

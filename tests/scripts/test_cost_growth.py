@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 from torch.utils.flop_counter import FlopCounterMode
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -74,12 +75,13 @@ def test_a_point_counts_its_tokens_and_accounts_for_all_of_its_time(tiny: Path) 
     call = {"path": str(tiny), "prompt": 40, "batch": 2, "images": 3}
     found = cost_growth.child(call)
     edge = TINY["clip"]["image_size"] // TINY["clip"]["patch_size"]
-    assert found["tokens"] == 40 + 3 * edge**2
+    text = Tokenizer.from_file(str(tiny / "tokenizer.json")).encode(39 * cost_growth.WORD).ids
+    assert found["tokens"] == 1 + 3 * edge**2 + len(text) > 80
     parts = found["first_parts"]
     assert sum(parts.values()) + found["encoding"] == pytest.approx(found["first"])
     assert sum(found["step_parts"].values()) == pytest.approx(found["step"])
     assert min(*parts.values(), *found["step_parts"].values(), found["encoding"]) > 0
-    assert found["peak"] >= found["own"] > 50e6
+    assert found["peak"] >= found["own"] > 20e6
     assert not list(tiny.parent.glob("*.json"))  # the profiles
 
 
@@ -93,7 +95,7 @@ def test_a_start_is_accounted_for_from_the_process_to_the_first_token(tiny: Path
     found = cost_growth.child({"path": str(tiny), "start": "warm"})
     assert list(found)[:4] == ["imports", "manifest and tokenizer", "ONNX Runtime's session", "first token"]
     assert all(0 < seconds < 60 for seconds in list(found.values())[:4])
-    assert found["peak"] >= found["own"] > 50e6
+    assert found["peak"] >= found["own"] > 20e6
 
 
 def test_files_that_are_forgotten_are_not_in_memory_any_more(tmp_path: Path) -> None:
