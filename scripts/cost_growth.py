@@ -45,7 +45,7 @@ AXES: dict[str, tuple[str, dict[str, tuple[str, dict[str, Any]]]]] = {
     ),
     "model": (
         "billion weights in matrix products, 512 tokens of prompt",
-        {size: (size, {"prompt": 512}) for size in ("0.1b", "0.3b", "1b", "3b", "full")},
+        {size: (size, {"prompt": 512}) for size in ("0.1b", "0.3b", "1b", "full")},
     ),
 }
 STARTS = ("cold", "warm")  # of the largest model

@@ -55,11 +55,6 @@ LLAVA: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000,
         "clip": CLIP,
     },
-    "3b": {
-        "hidden_size": 2560, "intermediate_size": 6912, "num_hidden_layers": 32,
-        "num_attention_heads": 20, "num_key_value_heads": 20, "vocab_size": 32000,
-        "clip": CLIP,
-    },
     "1b": {
         "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
         "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32000,
@@ -262,8 +257,8 @@ def main() -> None:
     )
     parser.add_argument("--model", choices=sorted(MODELS), required=True)
     parser.add_argument("--size", choices=list(LLAVA), default="full",
-                        help="0.1b, 0.3b, 1b, 3b (llava only): 0.13, 0.37, 1.03, 2.70 billion parameters of "
-                             "language model; 0.1b takes 32768 tokens, the others 4096")  # fmt: skip
+                        help="0.1b, 0.3b, 1b (llava only): 0.13, 0.37, 1.03 billion parameters of language "
+                             "model; 0.1b takes 32768 tokens, the others 4096")  # fmt: skip
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
