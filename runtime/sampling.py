@@ -39,8 +39,9 @@ class Sampler:
         entropy = None if seed is None else [seed % 2**64, answer]
         self.random = np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
         self._seen = np.zeros(vocab_size, bool)  # whether a token is among the first `_seen_in`
+        self._counts = np.zeros(vocab_size, np.int32)  # of the answer's tokens among the first `_counted_in`
         self._followers: dict[tuple[int, ...], list[int]] = {}  # of n − 1 tokens, among the first `_grams_in`
-        self._seen_in = self._grams_in = 0
+        self._seen_in = self._counted_in = self._grams_in = 0
 
     def __call__(self, sequence: Sequence, logits: np.ndarray) -> Sampled:
         """`logits`: float32 [vocab] of the sequence's last position; not changed."""
@@ -104,7 +105,6 @@ class Sampler:
         """Penalties and bans; float32 [vocab], a copy where anything changes."""
         p = sequence.params
         scores = logits
-        generated = sequence.tokens[sequence.prompt_len :]
         if p.repetition_penalty != 1:
             scores = scores.copy()
             # image slots hold ids that are no words: they are not penalised
@@ -113,10 +113,13 @@ class Sampler:
             seen = np.flatnonzero(self._seen)
             at = scores[seen]
             scores[seen] = np.where(at > 0, at / p.repetition_penalty, at * p.repetition_penalty)
-        if (p.presence_penalty or p.frequency_penalty) and generated:
+        if (p.presence_penalty or p.frequency_penalty) and sequence.output_len:
             scores = scores.copy()
-            ids, counts = np.unique(generated, return_counts=True)
-            scores[ids] -= p.presence_penalty + p.frequency_penalty * counts
+            for t in sequence.tokens[max(self._counted_in, sequence.prompt_len) :]:
+                self._counts[t] += 1
+            self._counted_in = len(sequence.tokens)
+            ids = np.flatnonzero(self._counts > 0)
+            scores[ids] -= p.presence_penalty + p.frequency_penalty * self._counts[ids]
         if banned := self._banned(sequence):
             scores = scores.copy()
             scores[banned] = -np.inf
