@@ -24,7 +24,8 @@ class Sampled:
 
 
 class Sampler:
-    """One per sequence: its random stream does not depend on what else is in the batch.
+    """One per sequence: its random stream does not depend on what else is in the batch, and what penalties
+    ask of the tokens so far is kept from one to the next, not looked for anew in all of them.
 
     With a `matcher` only tokens of its grammar are taken, whatever penalties and bans say.
     """
@@ -37,6 +38,10 @@ class Sampler:
         # SeedSequence wants no negative entropy; each of several answers has a stream of its own
         entropy = None if seed is None else [seed % 2**64, answer]
         self.random = np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
+        self._seen = np.zeros(vocab_size, bool)  # whether a token is among the first `_seen_in`
+        self._counts = np.zeros(vocab_size, np.int32)  # of the answer's tokens among the first `_counted_in`
+        self._followers: dict[tuple[int, ...], list[int]] = {}  # of n − 1 tokens, among the first `_grams_in`
+        self._seen_in = self._counted_in = self._grams_in = 0
 
     def __call__(self, sequence: Sequence, logits: np.ndarray) -> Sampled:
         """`logits`: float32 [vocab] of the sequence's last position; not changed."""
@@ -100,17 +105,21 @@ class Sampler:
         """Penalties and bans; float32 [vocab], a copy where anything changes."""
         p = sequence.params
         scores = logits
-        generated = sequence.tokens[sequence.prompt_len :]
         if p.repetition_penalty != 1:
             scores = scores.copy()
             # image slots hold ids that are no words: they are not penalised
-            seen = np.unique([t for t in sequence.tokens if 0 <= t < len(scores)]).astype(np.int64)
+            new = [t for t in sequence.tokens[self._seen_in :] if 0 <= t < self.vocab_size]
+            self._seen[new], self._seen_in = True, len(sequence.tokens)
+            seen = np.flatnonzero(self._seen)
             at = scores[seen]
             scores[seen] = np.where(at > 0, at / p.repetition_penalty, at * p.repetition_penalty)
-        if (p.presence_penalty or p.frequency_penalty) and generated:
+        if (p.presence_penalty or p.frequency_penalty) and sequence.output_len:
             scores = scores.copy()
-            ids, counts = np.unique(generated, return_counts=True)
-            scores[ids] -= p.presence_penalty + p.frequency_penalty * counts
+            for t in sequence.tokens[max(self._counted_in, sequence.prompt_len) :]:
+                self._counts[t] += 1
+            self._counted_in = len(sequence.tokens)
+            ids = np.flatnonzero(self._counts > 0)
+            scores[ids] -= p.presence_penalty + p.frequency_penalty * self._counts[ids]
         if banned := self._banned(sequence):
             scores = scores.copy()
             scores[banned] = -np.inf
@@ -121,12 +130,11 @@ class Sampler:
         p = sequence.params
         banned: list[int] = []
         if (n := p.no_repeat_ngram_size) and len(sequence.tokens) + 1 >= n:
-            tokens, tail = sequence.tokens, sequence.tokens[len(sequence.tokens) - n + 1 :]
-            banned += [
-                tokens[i + n - 1]
-                for i in range(len(tokens) - n + 1)
-                if tokens[i : i + n - 1] == tail
-            ]
+            tokens = sequence.tokens
+            for i in range(max(self._grams_in, n - 1), len(tokens)):
+                self._followers.setdefault(tuple(tokens[i - n + 1 : i]), []).append(tokens[i])
+            self._grams_in = len(tokens)
+            banned += self._followers.get(tuple(tokens[len(tokens) - n + 1 :]), [])
         for word in p.bad_words_list:
             head = word[:-1]
             if not head or sequence.tokens[-len(head) :] == head:

@@ -45,22 +45,31 @@ QWEN: dict[str, dict[str, Any]] = {
         },
     },
 }  # fmt: skip
+CLIP = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+    "num_attention_heads": 16, "image_size": 336, "patch_size": 14,
+}  # fmt: skip
 LLAVA: dict[str, dict[str, Any]] = {
     "full": {
         "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000,
-        "clip": {
-            "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-            "num_attention_heads": 16, "image_size": 336, "patch_size": 14,
-        },
+        "clip": CLIP,
     },
     "1b": {
         "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
         "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32000,
-        "clip": {
-            "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-            "num_attention_heads": 16, "image_size": 336, "patch_size": 14,
-        },
+        "clip": CLIP,
+    },
+    "0.3b": {
+        "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24,
+        "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 32000,
+        "clip": CLIP,
+    },
+    "0.1b": {
+        "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12,
+        "num_attention_heads": 12, "num_key_value_heads": 12, "vocab_size": 32000,
+        "max_position_embeddings": 32768,
+        "clip": CLIP,
     },
     "tiny": {
         "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2,
@@ -247,8 +256,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=sorted(MODELS), required=True)
-    parser.add_argument("--size", choices=["full", "1b", "tiny"], default="full",
-                        help="1b (llava only): 1.03 billion parameters of language model")  # fmt: skip
+    parser.add_argument("--size", choices=list(LLAVA), default="full",
+                        help="0.1b, 0.3b, 1b (llava only): 0.13, 0.37, 1.03 billion parameters of language "
+                             "model; 0.1b takes 32768 tokens, the others 4096")  # fmt: skip
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

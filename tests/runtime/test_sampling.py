@@ -60,6 +60,23 @@ def test_no_repeat_ngram_is_transformers(tokens: list[int], seed: int, n: int) -
 
 
 @FAST
+@given(token_lists, token_lists, seeds, st.integers(2, 4))
+def test_a_sampler_that_has_followed_an_answer_asks_of_each_token_what_a_new_one_would(
+    prompt: list[int], answer: list[int], seed: int, n: int
+) -> None:
+    penalties = {"repetition_penalty": 1.5, "presence_penalty": 0.5, "frequency_penalty": 0.25}
+    s = sequence([-1, *prompt], no_repeat_ngram_size=n, **penalties)  # an image slot first
+    sampler = Sampler(VOCAB)
+    for i, token in enumerate(answer):
+        s.tokens.append(token)
+        wanted = by(hf.RepetitionPenaltyLogitsProcessor(1.5), s.tokens[1:], scores_of(seed))
+        for t in set(answer[: i + 1]):
+            wanted[t] -= 0.5 + 0.25 * answer[: i + 1].count(t)
+        wanted = by(hf.NoRepeatNGramLogitsProcessor(n), s.tokens, wanted)
+        np.testing.assert_allclose(sampler._process(s, scores_of(seed)), wanted, rtol=1e-5)
+
+
+@FAST
 @given(
     token_lists, seeds, st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=3), min_size=1, max_size=4)
 )
