@@ -318,8 +318,8 @@ def report(folder: Path, output: Path | None) -> None:
     print(body)
     if output:
         about = (
-            f"{parameters / 1e9:.2f} billion parameters of language model, {results[0]['threads']} threads each. "
-            "Behind a value: how many times faster this project is, in the median of the rounds and their range."
+            f"{parameters / 1e9:.2f} billion parameters of language model, {results[0]['threads']} threads. "
+            "Behind a value: how many times faster this project is, the median of the rounds and their range."
         )
         output.write_text(serving.report("This project and its peers", about, body))
         output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")

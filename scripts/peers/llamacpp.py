@@ -30,8 +30,8 @@ def tensors(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def add(writer: gguf.GGUFWriter, name: str, tensor: np.ndarray, kind: gguf.GGMLQuantizationType) -> None:
-    """Matrices in `kind`, all else in float32."""
-    if tensor.ndim != 2:
+    """Matrices in `kind`, where its blocks of 32 fit; all else in float32."""
+    if tensor.ndim != 2 or tensor.shape[1] % 32:
         kind = gguf.GGMLQuantizationType.F32
     writer.add_tensor(name, gguf.quants.quantize(tensor, kind), raw_dtype=kind)
 
