@@ -35,6 +35,7 @@ from PIL import Image
 
 HERE = Path(__file__).resolve().parent / "peers"
 LIMIT_S = 600  # of one question
+SHORT = 32  # tokens of each prompt of several streams
 TEXT = "What is this picture about?"
 # of results.json's times: what it is, and of how many tokens
 TIMES = {
@@ -62,6 +63,9 @@ PEERS = {
     "torchao": Peer("transformers with torchao", "hf.py", ("torch", "transformers", "torchao", "pillow")),
     "transformers": Peer("transformers, float32", "hf.py"),
 }
+
+
+Questions = dict[str, dict[str, Any]]  # what is asked → with what
 
 
 class Failed(Exception):
@@ -196,11 +200,8 @@ def measure(folder: Path, names: list[str], args: argparse.Namespace) -> None:
                 print(f"{name}: {e}", file=sys.stderr)
         for turn in range(-1, args.rounds):  # the first warms up
             random_ = random.Random(f"{args.precision} {len(mine['rounds'])} {turn}")
-            new = args.new_tokens if turn >= 0 else 2
-            if args.image:
-                questions = {"picture": picture(folder, facts, random_)}
-            else:
-                questions = texts(facts, args, new, random_)
+            make = picture if args.image else texts
+            questions = make(folder, facts, args, random_)
             begins = turn % len(names)
             found: dict[str, dict[str, float]] = {}
             for do, question in questions.items():
@@ -229,23 +230,19 @@ def ids_of(facts: dict[str, int], count: int, random_: random.Random) -> list[in
     return [random_.randrange(3, facts["vocabulary"] - 1) for _ in range(count)]
 
 
-def texts(
-    facts: dict[str, int], args: argparse.Namespace, new: int, random_: random.Random
-) -> dict[str, Any]:
-    short = min(32, args.prompt_tokens)
+def texts(folder: Path, facts: dict[str, int], args: argparse.Namespace, random_: random.Random) -> Questions:
+    short, n = min(SHORT, args.prompt_tokens), args.new_tokens
     return {
-        "generate": {"ids": ids_of(facts, args.prompt_tokens, random_), "n": new},
-        "streams": {
-            "prompts": [ids_of(facts, short, random_) for _ in range(args.streams)], "n": new,
-        },
-    }  # fmt: skip
+        "generate": {"ids": ids_of(facts, args.prompt_tokens, random_), "n": n},
+        "streams": {"prompts": [ids_of(facts, short, random_) for _ in range(args.streams)], "n": n},
+    }
 
 
-def picture(folder: Path, facts: dict[str, int], random_: random.Random) -> dict[str, str]:
+def picture(folder: Path, facts: dict[str, int], args: argparse.Namespace, random_: random.Random) -> Questions:
     """One that nobody has seen."""
     edge = facts["edge"]
     Image.frombytes("RGB", (edge, edge), random_.randbytes(3 * edge * edge)).save(folder / "picture.png")
-    return {"path": str(folder / "picture.png"), "text": TEXT}
+    return {"picture": {"path": str(folder / "picture.png"), "text": TEXT}}
 
 
 def reference(folder: Path, ids: list[int], threads: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""ONNX Runtime GenAI: the graph of its own model builder, blocks of 32 as ours have."""
+"""ONNX Runtime GenAI: the graph of its own model builder, whose blocks are of 32 as ours are."""
 
 from __future__ import annotations
 
@@ -16,10 +16,7 @@ from protocol import serve
 def prepare(folder: Path, precision: str, image: bool) -> None:
     output = folder / f"genai-{precision}"
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", folder / "llama", "-o", output]
-    command += ["-p", precision, "-e", "cpu", "-c", folder / "cache"]
-    if precision == "int4":
-        command += ["--extra_options", "int4_accuracy_level=4", "int4_block_size=32"]
-    subprocess.run(command, check=True)
+    subprocess.run([*command, "-p", precision, "-e", "cpu", "-c", folder / "cache"], check=True)
 
 
 class Worker:

@@ -9,7 +9,6 @@ from typing import Any
 
 from protocol import serve
 
-from rtp_llm.export.exporter import export
 from rtp_llm.model_factory import ModelConfig, ModelFactory
 from rtp_llm.pipeline import Pipeline
 
@@ -17,6 +16,8 @@ GREEDY = {"top_k": 1, "ignore_eos": True}
 
 
 def prepare(folder: Path, precision: str, image: bool) -> None:
+    from rtp_llm.export.exporter import export  # imports torch, which answering does without
+
     export(folder / "llava", folder / f"ours-{precision}", precision=precision)
 
 
@@ -47,6 +48,8 @@ class Worker:
         for thread in threads:
             thread.join()
         begun, over = max(t[0] for t in times), min(t[-1] for t in times)
+        if begun >= over:
+            raise ValueError(f"the streams did not meet: they need more than {n} tokens")
         tokens = sum(begun < at <= over for t in times for at in t)
         return {"streams": len(prompts) * (over - begun) / tokens}
 
@@ -61,7 +64,10 @@ class Worker:
         return {"picture": times[1] - times[0]}
 
     def size(self) -> dict[str, int]:
-        return {"bytes": self.pipeline.model.engine.backend.weight_bytes}
+        """Its table of embeddings and its head included, its graph not."""
+        bundle = self.pipeline.model.bundle
+        graph = bundle.graphs["decoder"].path
+        return {"bytes": sum(f.size for n, f in bundle.files.items() if n.startswith(graph) and n != graph)}
 
 
 if __name__ == "__main__":

@@ -38,7 +38,6 @@ class Worker:
             return
         scheduler = genai.SchedulerConfig()
         scheduler.max_num_batched_tokens = WHOLE_PROMPT
-        scheduler.cache_size = 1
         self.pipeline = genai.ContinuousBatchingPipeline(str(self.folder), scheduler, "CPU", self.properties)
         self.asked = 0
 

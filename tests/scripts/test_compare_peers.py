@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     python.write_text(DYING)
     python.chmod(0o755)
     words = ["--size", "tiny", "--precision", "fp32", "--rounds", "2"]
-    short = ["--prompt-tokens", "24", "--new-tokens", "4", "--streams", "3"]
+    short = ["--prompt-tokens", "24", "--new-tokens", "64", "--streams", "3"]
     compare("run", folder, *words, *short, "--only", "ours", "genai", "openvino", "transformers")
     compare("run", folder, *words, *short, "--image", "--only", "ours", "transformers")
     return folder
