@@ -199,9 +199,9 @@ def measure(folder: Path, names: list[str], args: argparse.Namespace) -> None:
                 mine["reasons"][name] = {"load": str(e)}
                 print(f"{name}: {e}", file=sys.stderr)
         for turn in range(-1, args.rounds):  # the first warms up
-            random_ = random.Random(f"{args.precision} {len(mine['rounds'])} {turn}")
+            rng = random.Random(f"{args.precision} {len(mine['rounds'])} {turn}")
             make = picture if args.image else texts
-            questions = make(folder, facts, args, random_)
+            questions = make(folder, facts, args, rng)
             begins = turn % len(names)
             found: dict[str, dict[str, float]] = {}
             for do, question in questions.items():
@@ -225,23 +225,23 @@ def measure(folder: Path, names: list[str], args: argparse.Namespace) -> None:
         results.save()
 
 
-def ids_of(facts: dict[str, int], count: int, random_: random.Random) -> list[int]:
+def ids_of(facts: dict[str, int], count: int, rng: random.Random) -> list[int]:
     """Words; neither the special tokens at the table's begin nor the picture's at its end."""
-    return [random_.randrange(3, facts["vocabulary"] - 1) for _ in range(count)]
+    return [rng.randrange(3, facts["vocabulary"] - 1) for _ in range(count)]
 
 
-def texts(folder: Path, facts: dict[str, int], args: argparse.Namespace, random_: random.Random) -> Questions:
+def texts(folder: Path, facts: dict[str, int], args: argparse.Namespace, rng: random.Random) -> Questions:
     short, n = min(SHORT, args.prompt_tokens), args.new_tokens
     return {
-        "generate": {"ids": ids_of(facts, args.prompt_tokens, random_), "n": n},
-        "streams": {"prompts": [ids_of(facts, short, random_) for _ in range(args.streams)], "n": n},
+        "generate": {"ids": ids_of(facts, args.prompt_tokens, rng), "n": n},
+        "streams": {"prompts": [ids_of(facts, short, rng) for _ in range(args.streams)], "n": n},
     }
 
 
-def picture(folder: Path, facts: dict[str, int], args: argparse.Namespace, random_: random.Random) -> Questions:
+def picture(folder: Path, facts: dict[str, int], args: argparse.Namespace, rng: random.Random) -> Questions:
     """One that nobody has seen."""
     edge = facts["edge"]
-    Image.frombytes("RGB", (edge, edge), random_.randbytes(3 * edge * edge)).save(folder / "picture.png")
+    Image.frombytes("RGB", (edge, edge), rng.randbytes(3 * edge * edge)).save(folder / "picture.png")
     return {"picture": {"path": str(folder / "picture.png"), "text": TEXT}}
 
 
