@@ -15,6 +15,7 @@ needs more than Python: every peer lives in a virtual environment of its own.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import itertools
 import json
@@ -60,5 +61,8 @@ def serve(worker: Any, prepare: Any, *packages: str) -> None:
 
 
 def versions(packages: tuple[str, ...]) -> str:
-    found = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
-    return ", ".join(f"{name} {found[name]}" for name in packages if name in found)
+    found = []
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    return ", ".join(found)
