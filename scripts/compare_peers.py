@@ -50,21 +50,32 @@ TIMES = {
 class Peer:
     title: str
     file: str
+    how: str
     packages: tuple[str, ...] = ()  # of its environment; none: it runs in ours
 
 
 PEERS = {
-    "ours": Peer("this project", "ours.py"),
-    "llamacpp": Peer("llama.cpp", "llamacpp.py", ("llama-cpp-python", "gguf", "numpy")),
-    "openvino": Peer("OpenVINO GenAI", "ov.py", ("openvino-genai", "optimum-intel", "nncf", "accelerate")),
-    "genai": Peer(
-        "ONNX Runtime GenAI", "genai.py", ("onnxruntime-genai", "torch", "transformers", "onnx-ir", "numpy")
+    "ours": Peer("this project", "ours.py", "Pipeline with its default options; the tower in float32"),
+    "llamacpp": Peer(
+        "llama.cpp", "llamacpp.py",
+        "Q4_0 or Q8_0 in every matrix, Q8_0 in the tower's; streams are sequences of one llama_decode, as its "
+        "server's slots are, without HTTP",
+        ("llama-cpp-python", "gguf", "numpy"),
     ),
-    "torchao": Peer("transformers with torchao", "hf.py", ("torch", "transformers", "torchao", "pillow")),
-    "transformers": Peer("transformers, float32", "hf.py"),
-}
-
-
+    "openvino": Peer(
+        "OpenVINO GenAI", "ov.py", "symmetric blocks of 32 at int4; continuous batching; its cache in 8 bits",
+        ("openvino-genai", "optimum-intel", "nncf", "accelerate"),
+    ),
+    "genai": Peer(
+        "ONNX Runtime GenAI", "genai.py", "its model builder's defaults; embeddings in float32",
+        ("onnxruntime-genai", "torch", "transformers", "onnx-ir", "numpy"),
+    ),
+    "torchao": Peer(
+        "transformers with torchao", "hf.py", "weights alone at int4, inputs too at int8; embeddings in float32",
+        ("torch", "transformers", "torchao", "pillow"),
+    ),
+    "transformers": Peer("transformers, float32", "hf.py", "eager"),
+}  # fmt: skip
 Questions = dict[str, dict[str, Any]]  # what is asked → with what
 
 
@@ -226,7 +237,7 @@ def measure(folder: Path, names: list[str], args: argparse.Namespace) -> None:
 
 
 def ids_of(facts: dict[str, int], count: int, rng: random.Random) -> list[int]:
-    """Words; neither the special tokens at the table's begin nor the picture's at its end."""
+    """Words; neither the special tokens at the table's start nor the picture's at its end."""
     return [rng.randrange(3, facts["vocabulary"] - 1) for _ in range(count)]
 
 
@@ -310,7 +321,7 @@ def report(folder: Path, output: Path | None) -> None:
         kind = "a whole LLaVA with one picture" if one["image"] else "the language model"
         parts.append(f"## {one['precision']}, {kind}\n\n{table(one, parameters)}")
     versions = {n: f["versions"] for one in results for n, f in one["facts"].items() if "versions" in f}
-    parts.append("\n".join(f"- {PEERS[name].title}: {text}" for name, text in versions.items()))
+    parts.append("\n".join(f"- {PEERS[n].title}: {text}; {PEERS[n].how}." for n, text in versions.items()))
     body = "\n\n".join(parts)
     print(body)
     if output:
