@@ -58,8 +58,8 @@ PEERS = {
     "ours": Peer("this project", "ours.py", "Pipeline with its default options; the tower in float32"),
     "llamacpp": Peer(
         "llama.cpp", "llamacpp.py",
-        "Q4_0 or Q8_0 in every matrix, Q8_0 in the tower's; streams are sequences of one llama_decode, as its "
-        "server's slots are, without HTTP",
+        "Q4_0 or Q8_0 in every matrix, Q8_0 in the tower's; streams are sequences of one llama_decode, as "
+        "its server's slots are, without HTTP",
         ("llama-cpp-python", "gguf", "numpy"),
     ),
     "openvino": Peer(
@@ -71,7 +71,8 @@ PEERS = {
         ("onnxruntime-genai", "torch", "transformers", "onnx-ir", "numpy"),
     ),
     "torchao": Peer(
-        "transformers with torchao", "hf.py", "weights alone at int4, inputs too at int8; embeddings in float32",
+        "transformers with torchao", "hf.py",
+        "weights alone at int4, inputs too at int8; embeddings in float32",
         ("torch", "transformers", "torchao", "pillow"),
     ),
     "transformers": Peer("transformers, float32", "hf.py", "eager"),
