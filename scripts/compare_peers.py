@@ -8,8 +8,8 @@
 Every peer is a process with an environment of its own (scripts/peers/, a file each) and stays loaded; the
 others stand still (SIGSTOP) while one is asked. Who begins changes from round to round. A ratio is of one
 round: the peer's seconds over ours. `run` adds its rounds to FOLDER/results.json, so that several short runs
-make one measurement. Who cannot be installed, loaded or asked, or dies, is reported with the reason; the
-others go on.
+make one measurement, until the file is deleted. Who cannot be installed, loaded or asked, or dies, is
+reported with the reason; the others go on.
 """
 
 from __future__ import annotations
@@ -111,14 +111,15 @@ class Worker:
         model = [folder, precision]
         # what libraries take for the number of threads unless told
         settings = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-        done = folder / f"prepared-{name}-{precision}-{int(image)}"
         log = open(folder / f"{name}.log", "w")
-        if not done.exists():
-            print(f"{name}: being prepared", file=sys.stderr)
-            command = [*program, "prepare", *model, str(int(image))]
-            if subprocess.run(command, stdout=log, stderr=log, env=settings).returncode:
-                raise Failed(f"not prepared: {last_line(log.name)}")
-            done.touch()
+        for part in range(image + 1):
+            done = folder / f"prepared-{name}-{precision}-{part}"
+            if not done.exists():
+                print(f"{name}: being prepared", file=sys.stderr)
+                command = [*program, "prepare", *model, str(part)]
+                if subprocess.run(command, stdout=log, stderr=log, env=settings).returncode:
+                    raise Failed(f"not prepared: {last_line(log.name)}")
+                done.touch()
         self.log = log.name
         command = [*program, "serve", *model, str(threads), str(int(image))]
         self.process = subprocess.Popen(
@@ -192,6 +193,8 @@ def measure(folder: Path, names: list[str], args: argparse.Namespace) -> None:
 
     def ask(name: str, do: str, **question: Any) -> dict[str, Any]:
         """The answer, or {} and the reason noted; a peer that is dead is asked no more."""
+        if name not in workers:
+            return {}
         try:
             return workers[name].ask(do, **question)
         except Failed as e:
@@ -218,10 +221,9 @@ def measure(folder: Path, names: list[str], args: argparse.Namespace) -> None:
             found: dict[str, dict[str, float]] = {}
             for do, question in questions.items():
                 for name in [*names[begins:], *names[:begins]]:
-                    if name in workers:
-                        found.setdefault(name, {}).update(ask(name, do, **question))
+                    found.setdefault(name, {}).update(ask(name, do, **question))
             if turn >= 0:
-                mine["rounds"].append(found)
+                mine["rounds"].append({name: times for name, times in found.items() if times})
             results.save()
             print(f"round {turn + 1}: {json.dumps(found)}", file=sys.stderr)
         for name in list(workers):

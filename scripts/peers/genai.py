@@ -15,14 +15,14 @@ from protocol import serve
 
 def prepare(folder: Path, precision: str, image: bool) -> None:
     output = folder / f"genai-{precision}"
+    if image:
+        raise NotImplementedError("its model builder knows no LLaVA")
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", folder / "llama", "-o", output]
     subprocess.run([*command, "-p", precision, "-e", "cpu", "-c", folder / "cache"], check=True)
 
 
 class Worker:
     def __init__(self, folder: Path, precision: str, threads: int, image: bool):
-        if image:
-            raise NotImplementedError("its model builder knows no LLaVA")
         self.folder = folder / f"genai-{precision}"
         config = og.Config(str(self.folder))
         session = {"intra_op_num_threads": threads}

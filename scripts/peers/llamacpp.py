@@ -111,9 +111,10 @@ def write_tower(checkpoint: Path, output: Path) -> None:
 
 
 def prepare(folder: Path, precision: str, image: bool) -> None:
-    write_llama(folder / "llama", folder / f"llama-{precision}.gguf", precision)
     if image:
         write_tower(folder / "llava", folder / "llava-tower.gguf")
+    else:
+        write_llama(folder / "llama", folder / f"llama-{precision}.gguf", precision)
 
 
 class Worker:

@@ -16,6 +16,8 @@ GREEDY = {"top_k": 1, "ignore_eos": True}
 
 
 def prepare(folder: Path, precision: str, image: bool) -> None:
+    if image:  # the bundle has it
+        return
     from rtp_llm.export.exporter import export  # imports torch, which answering does without
 
     export(folder / "llava", folder / f"ours-{precision}", precision=precision)

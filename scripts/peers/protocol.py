@@ -1,7 +1,8 @@
 """What a peer's worker speaks: JSON objects, a line each, a question on stdin and its answer on stdout.
 
-A worker is a class with `__init__(folder, precision, threads, image)`, where `folder` holds what model.py
-and its own `prepare(folder, precision, image)` wrote, and one method per question:
+`prepare(folder, precision, image)` makes of model.py's FOLDER what a worker reads: for the language model,
+and then, with `image`, what the whole LLaVA needs beside it. A worker is a class with
+`__init__(folder, precision, threads, image)` and a method per question:
 
     generate(ids, n)      → {"prefill": s, "decode": s}: to the first token; per token of the n after it
     streams(prompts, n)   → {"streams": s}: per step in which every one of the prompts' answers gains a token
