@@ -40,7 +40,6 @@ class Worker:
         self.model = kind.from_pretrained(self.folder, dtype=torch.float32).eval()
         if precision != "fp32":
             quantise(self.model, precision)
-        self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
 
     def _step(self, ids: Tensor, **more: object) -> tuple[Tensor, Tensor, object]:
         """The last positions' logits, what is greedily next, and the cache."""
@@ -67,11 +66,12 @@ class Worker:
 
     def picture(self, path: str, text: str) -> dict[str, float]:
         processor = CLIPImageProcessorPil.from_pretrained(self.folder)
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
         config = self.model.config
         slots = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
         start = time.perf_counter()
         pixels = processor(Image.open(path), return_tensors="pt")["pixel_values"]
-        ids = torch.tensor([[config.image_token_id] * slots + self.tokenizer(text)["input_ids"]])
+        ids = torch.tensor([[config.image_token_id] * slots + tokenizer(text)["input_ids"]])
         self._step(ids, pixel_values=pixels)
         return {"picture": time.perf_counter() - start}
 
