@@ -15,7 +15,7 @@ from .sequence import ImageSpan
 
 LONGEST = 8  # tokens of a draft
 SUFFIX = 3  # tokens that are looked for, and less where so many are not found
-LONGEST_REST = 32  # tokens without a draft
+LONGEST_REST = 64  # tokens without a draft
 
 
 class PromptLookup:
@@ -23,7 +23,7 @@ class PromptLookup:
 
     Behind a draft that holds the next may be twice as long, up to `LONGEST`; behind one that holds in part
     as long as that part. Where not even its first token holds, the next one is a single token, which costs
-    least, and comes only after a rest that doubles each time, up to `LONGEST_REST` tokens.
+    least, and comes only after a rest of 4 tokens, then 16, then `LONGEST_REST` tokens.
     """
 
     def __init__(self, prompt: list[int], images: Iterable[ImageSpan] = ()):
@@ -65,5 +65,5 @@ class PromptLookup:
             self._length = doubled if accepted == drafted else accepted
             self._rest = 0
         else:
-            self._length, self._rest = 1, min(LONGEST_REST, 2 * self._rest or 1)
+            self._length, self._rest = 1, min(LONGEST_REST, 4 * self._rest or 4)
             self._due = tokens + self._rest

@@ -116,7 +116,7 @@ def test_no_answer_depends_on_what_was_drafted(precision: str, open_: Open, red_
             assert other.aux_info.output_len == one.aux_info.output_len
         assert others[0].aux_info.iter_count == one.aux_info.iter_count - others[0].aux_info.accepted_len
     long = [o.aux_info for o in drafted[-5:]]
-    assert sum(a.accepted_len for a in long) > sum(a.output_len for a in long) / 8
+    assert sum(a.accepted_len for a in long) > sum(a.output_len for a in long) / 20
     assert pipeline.model.engine.stats().accepted_tokens >= sum(a.accepted_len for a in long)
 
 

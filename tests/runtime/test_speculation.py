@@ -72,11 +72,11 @@ def test_an_answer_that_repeats_its_prompt_takes_a_fifth_of_the_steps() -> None:
     assert len(steps) <= 20 and [n for n, _ in steps[:4]] == [1, 2, 4, 8]
 
 
-def test_an_answer_whose_drafts_all_fail_drafts_four_of_a_hundred_tokens() -> None:
+def test_an_answer_whose_drafts_fail_drafts_three_of_a_hundred_tokens() -> None:
     # every token has been there before, with other neighbours
     truth = [t for gap in range(1, 40) for i in range(40 - gap) for t in (i, i + gap)]
     steps = drafted(truth[:1040], 40)
-    assert 10 < sum(n for n, _ in steps) <= 40
+    assert 10 < sum(n for n, _ in steps) <= 30
 
 
 def test_a_draft_that_holds_in_part_sets_the_next_ones_length_and_a_failure_a_rest() -> None:
@@ -85,7 +85,7 @@ def test_a_draft_that_holds_in_part_sets_the_next_ones_length_and_a_failure_a_re
     assert len(lookup.draft(tokens, 8)) == 8
     lookup.heard(len(tokens), 8, 3)
     assert len(lookup.draft(tokens, 8)) == 3
-    for rest in (1, 2, 4, 8, 16, 32, 32):
+    for rest in (4, 16, 64, 64):
         lookup.heard(len(tokens), 1, 0)
         for i in range(rest):
             assert lookup.draft(tokens, 8) == [], i
