@@ -117,7 +117,7 @@ def test_files_that_are_forgotten_are_not_in_memory_any_more(tmp_path: Path) -> 
 def test_the_page_has_each_axis_and_keeps_what_is_written_above_the_numbers(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     page = tmp_path / "growth.md"
-    page.write_text("# Mine\n\nfound and explained\n\n## Measured\n\nold")
+    page.write_text("# Mine\n\nfound and explained\n\n## Measured\n\nstale")
     axes = cost_growth.AXES.items()
     results = {axis: {x: point(step=i + 1.0) for i, x in enumerate(xs)} for axis, (_, xs) in axes}
     start = {"imports": 0.5, "first token": 1.5, "read": 4e9, "peak": 6e9, "own": 5e9}
@@ -127,7 +127,7 @@ def test_the_page_has_each_axis_and_keeps_what_is_written_above_the_numbers(tmp_
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     text = page.read_text()
-    assert text.startswith("# Mine\n\nfound and explained\n\n## Measured\n") and "old" not in text
+    assert text.startswith("# Mine\n\nfound and explained\n\n## Measured\n") and "stale" not in text
     for axis, (x, _) in axes:
         assert f"| {axis}: a step |" in text and f"### {x.capitalize()}" in text
     assert "| read | 4.00 GB | 0.00 GB |" in text and "(growth.png)" in text
