@@ -39,8 +39,9 @@ def point(**changed: float) -> dict[str, Any]:
 
 
 def test_a_cost_on_its_line_is_told_from_one_that_leaves_it() -> None:
-    measured = {str(n): point(step=3 + 2 * n, own=(4 + n) * 1e9) for n in (1, 2, 4, 8)}
-    measured["16"] = point(step=2 * (3 + 2 * 16), own=(4 + 16) * 1e9)
+    xs = (1, 2, 4, 8, 16)
+    measured = {str(n): point(step=3 + 2 * n, own=(4 + n) * 1e9, attention_flops=n * 1e9) for n in xs}
+    measured["16"]["step"] *= 2
     rows = {row[0]: row[1:] for row in cost_growth.verdicts("batch", measured)}
     assert rows["batch: a step"] == (
         "3 s + 2 s × answers side by side", "35 s", "70 s", "2.00", "worse than linear"
