@@ -194,15 +194,18 @@ def start(path: str) -> Point:
     backend = onnx.OnnxBackend(bundle)
     mark("ONNX Runtime's session")
     engine = model_factory.Engine(backend, bundle.model)
-    next(iter(Pipeline(model_factory.Model(bundle, tokenizer, engine))(WORD * 15, max_new_tokens=2)))
+    pipeline = Pipeline(model_factory.Model(bundle, tokenizer, engine))
+    next(iter(pipeline(WORD * 15, max_new_tokens=2)))
     mark("first token")
     lines = Path("/proc/self/io").read_text().splitlines()
-    return {
+    found = {
         **{name: now - before for (_, before), (name, now) in zip(marks, marks[1:], strict=False)},
         "read": int(dict(line.split(": ") for line in lines)["read_bytes"]),
         "peak": serving.memory(os.getpid(), "VmHWM"),
         "own": serving.memory(os.getpid(), "RssAnon"),
     }
+    pipeline.stop()
+    return found
 
 
 def forget(folder: Path) -> None:
@@ -255,6 +258,8 @@ def line(x: list[float], y: list[float]) -> tuple[float, float]:
 
 def costs(axis: str, measured: dict[str, Point]) -> dict[str, tuple[list[float], list[float]]]:
     """Each cost of an axis and what it should be in a line with: (x, y), seconds or GB."""
+    # where there is no picture the vision graph is not even opened: that is on no line
+    measured = {name: p for name, p in measured.items() if name != "0"}
     found = list(measured.values())
     if axis == "model":
         x = [p["products"] / 1e9 for p in found]
@@ -273,9 +278,7 @@ def costs(axis: str, measured: dict[str, Point]) -> dict[str, tuple[list[float],
         "memory of its own": (x, [p["own"] / 1e9 for p in found]),
         "peak resident memory": (x, [p["peak"] / 1e9 for p in found]),
     }  # fmt: skip
-    # no picture costs nothing at all, and is on no line
-    pairs = {name: [(a, b) for a, b in zip(*xy, strict=True) if b > 0] for name, xy in kinds.items()}
-    return {name: ([a for a, _ in p], [b for _, b in p]) for name, p in pairs.items() if len(p) > 2}
+    return {name: (a, b) for name, (a, b) in kinds.items() if all(b)}
 
 
 def verdicts(axis: str, measured: dict[str, Point]) -> list[tuple[str, ...]]:
@@ -332,19 +335,16 @@ def draw(results: dict[str, dict[str, Point]], file: Path) -> None:
         of = costs(axis, results[axis])
         rest, attention = "first token, without attention and encoding", "attention until then"
         x = of[rest][0]
-        first = [p["first"] for p in results[axis].values()]
+        first = [p["first"] for name, p in results[axis].items() if name != "0"]
         lines = {name: np.polyval(line(*xy)[::-1], xy[0]) for name, xy in of.items()}
-        straight = lines[rest].copy()
-        if "encoding" in of:
-            straight[-len(lines["encoding"]) :] += lines["encoding"]
+        straight = lines[rest] + lines.get("encoding", 0)
         panel.plot(x, first, "o", color="C0", label="first token, s")
         panel.plot(x, straight, "--", color="C0", label="its line")
         panel.plot(x, straight + lines[attention], ":", color="C0", label="and attention's operations")
         for name, unit, colour in (("a step", "s", "C1"), ("memory of its own", "GB", "C2")):
             panel.plot(x, of[name][1], "o", color=colour, label=f"{name}, {unit}")
             panel.plot(x, lines[name], "--", color=colour)
-        panel.set_xscale("symlog" if x[0] == 0 else "log")
-        panel.set_yscale("log")
+        panel.loglog()
         panel.set_xlabel(AXES[axis][0])
         panel.grid(alpha=0.3)
     panels.flat[0].legend()

@@ -39,8 +39,9 @@ def point(**changed: float) -> dict[str, Any]:
 
 
 def test_a_cost_on_its_line_is_told_from_one_that_leaves_it() -> None:
-    measured = {str(n): point(step=3 + 2 * n, own=(4 + n) * 1e9) for n in (1, 2, 4, 8)}
-    measured["16"] = point(step=2 * (3 + 2 * 16), own=(4 + 16) * 1e9)
+    xs = (1, 2, 4, 8, 16)
+    measured = {str(n): point(step=3 + 2 * n, own=(4 + n) * 1e9, attention_flops=n * 1e9) for n in xs}
+    measured["16"]["step"] *= 2
     rows = {row[0]: row[1:] for row in cost_growth.verdicts("batch", measured)}
     assert rows["batch: a step"] == (
         "3 s + 2 s × answers side by side", "35 s", "70 s", "2.00", "worse than linear"
@@ -117,7 +118,7 @@ def test_files_that_are_forgotten_are_not_in_memory_any_more(tmp_path: Path) -> 
 def test_the_page_has_each_axis_and_keeps_what_is_written_above_the_numbers(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     page = tmp_path / "growth.md"
-    page.write_text("# Mine\n\nfound and explained\n\n## Measured\n\nold")
+    page.write_text("# Mine\n\nfound and explained\n\n## Measured\n\nstale")
     axes = cost_growth.AXES.items()
     results = {axis: {x: point(step=i + 1.0) for i, x in enumerate(xs)} for axis, (_, xs) in axes}
     start = {"imports": 0.5, "first token": 1.5, "read": 4e9, "peak": 6e9, "own": 5e9}
@@ -127,7 +128,7 @@ def test_the_page_has_each_axis_and_keeps_what_is_written_above_the_numbers(tmp_
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     text = page.read_text()
-    assert text.startswith("# Mine\n\nfound and explained\n\n## Measured\n") and "old" not in text
+    assert text.startswith("# Mine\n\nfound and explained\n\n## Measured\n") and "stale" not in text
     for axis, (x, _) in axes:
         assert f"| {axis}: a step |" in text and f"### {x.capitalize()}" in text
     assert "| read | 4.00 GB | 0.00 GB |" in text and "(growth.png)" in text
