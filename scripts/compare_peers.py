@@ -315,7 +315,7 @@ def table(one: dict[str, Any], parameters: int) -> str:
         f"- {PEERS[name].title}, {do}: {reason}"
         for name, reasons in one["reasons"].items() for do, reason in reasons.items()
     ]  # fmt: skip
-    return "\n".join([*rows, "", f"{len(one['rounds'])} rounds.", *why])
+    return "\n".join([*rows, "", f"Rounds: {len(one['rounds'])}.", *why])
 
 
 def report(folder: Path, output: Path | None) -> None:
