@@ -52,6 +52,7 @@ class Peer:
     file: str
     how: str
     packages: tuple[str, ...] = ()  # of its environment; none: it runs in ours
+    writes: bool = True  # files of its own, before it can load
 
 
 PEERS = {
@@ -73,9 +74,9 @@ PEERS = {
     "torchao": Peer(
         "transformers with torchao", "hf.py",
         "weights alone at int4, inputs too at int8; embeddings in float32",
-        ("torch", "transformers", "torchao", "pillow"),
+        ("torch", "transformers", "torchao", "pillow"), writes=False,
     ),
-    "transformers": Peer("transformers, float32", "hf.py", "eager"),
+    "transformers": Peer("transformers, float32", "hf.py", "eager", writes=False),
 }  # fmt: skip
 Questions = dict[str, dict[str, Any]]  # what is asked → with what
 
@@ -112,7 +113,7 @@ class Worker:
         # what libraries take for the number of threads unless told
         settings = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         log = open(folder / f"{name}.log", "w")
-        for part in range(image + 1):
+        for part in range(image + 1 if PEERS[name].writes else 0):
             done = folder / f"prepared-{name}-{precision}-{part}"
             if not done.exists():
                 print(f"{name}: being prepared", file=sys.stderr)
@@ -230,7 +231,7 @@ def measure(folder: Path, names: list[str], args: argparse.Namespace) -> None:
             mine["facts"][name]["memory"] = ask(name, "memory")
         if not args.image:
             ids = ids_of(facts, args.prompt_tokens, random.Random("logits"))
-            expected = reference(folder, ids, args.threads)
+            expected = reference(folder, ids, args.threads, workers.get("transformers"))
             for name in list(workers):
                 mine["facts"][name] |= ask(name, "size") | divergence(ask(name, "logits", ids=ids), expected)
     finally:
@@ -259,13 +260,14 @@ def picture(folder: Path, facts: dict[str, int], args: argparse.Namespace, rng: 
     return {"picture": {"path": str(folder / "picture.png"), "text": TEXT}}
 
 
-def reference(folder: Path, ids: list[int], threads: int) -> np.ndarray:
+def reference(folder: Path, ids: list[int], threads: int, loaded: Worker | None) -> np.ndarray:
     """transformers' float32 logits of the last position, kept in FOLDER."""
     file = folder / f"reference-{len(ids)}.npy"
     if not file.exists():
-        worker = Worker("transformers", folder, "fp32", False, threads)
+        worker = loaded or Worker("transformers", folder, "fp32", False, threads)
         np.save(file, worker.ask("logits", ids=ids)["logits"])
-        worker.close()
+        if not loaded:
+            worker.close()
     return np.load(file)
 
 
@@ -313,7 +315,7 @@ def table(one: dict[str, Any], parameters: int) -> str:
         f"- {PEERS[name].title}, {do}: {reason}"
         for name, reasons in one["reasons"].items() for do, reason in reasons.items()
     ]  # fmt: skip
-    return "\n".join([*rows, "", f"{len(one['rounds'])} rounds.", *why])
+    return "\n".join([*rows, "", f"Rounds: {len(one['rounds'])}.", *why])
 
 
 def report(folder: Path, output: Path | None) -> None:
@@ -360,10 +362,11 @@ def main() -> None:
     if args.command == "setup":
         setup(folder, args.only)
     elif args.command == "run":
-        sys.path.append(str(HERE))
-        from model import make
+        if not (folder / "model.json").is_file():
+            sys.path.append(str(HERE))
+            from model import make
 
-        make(folder, args.size)
+            make(folder, args.size)
         measure(folder, args.only, args)
     else:
         report(folder, args.output)

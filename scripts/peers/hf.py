@@ -17,10 +17,6 @@ from transformers import (
 )
 
 
-def prepare(folder: Path, precision: str, image: bool) -> None:
-    """Weights are read as they are, and quantised in memory."""
-
-
 def quantise(model: torch.nn.Module, precision: str) -> None:
     """The linear layers, in place. Of torchao's for a CPU these run: at int4 its other kernel (8-bit inputs)
     is not in its wheels."""
@@ -88,4 +84,4 @@ def stored(tensor: Tensor) -> int:
 
 
 if __name__ == "__main__":
-    serve(Worker, prepare, "transformers", "torch", "torchao")
+    serve(Worker, None, "transformers", "torch", "torchao")

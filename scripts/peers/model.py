@@ -33,9 +33,7 @@ def tokenizer(vocabulary: int) -> Tokenizer:
 
 
 def make(folder: Path, size: str, seed: int = 0) -> None:
-    """`size` of make_random_checkpoint.LLAVA; nothing where FOLDER/model.json is there already."""
-    if (folder / "model.json").is_file():
-        return
+    """`size` of make_random_checkpoint.LLAVA."""
     shape = dict(LLAVA[size])
     clip = shape.pop("clip")
     text = LlamaConfig(
