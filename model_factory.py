@@ -38,7 +38,8 @@ class ModelConfig:
     `max_batch_size` (sequences side by side), `token_budget` (tokens of one step), `threads`. `step_ms`:
     about how long running answers may wait for a piece of somebody's prompt. `deterministic`: int4
     answers do not depend on what else is in the batch either (fp32 and int8 never do on the CPU), at the
-    cost of a lone answer's speed. `trust_engines`: open TorchScript archives and TensorRT plans, which
+    cost of a lone answer's speed. `speculation`: requests may ask for it (`speculative`), at the cost of
+    some speed of those that do not. `trust_engines`: open TorchScript archives and TensorRT plans, which
     are programs, though they were made elsewhere. `weight_budget`: bytes of weights of each engine that
     stay on the GPU, where they were built with weight streaming; None: all. `encode`: who encodes pictures
     in place of the vision graph, which is then not opened: uint8 [N, size, size, 3] → float32 [N, tokens,
@@ -63,6 +64,7 @@ class ModelConfig:
     token_budget: int = 512
     step_ms: int = 200
     deterministic: bool = False
+    speculation: bool = False
     threads: int | None = None
     trust_engines: bool = False
     weight_budget: int | None = None

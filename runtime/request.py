@@ -234,6 +234,7 @@ class Request:
         # of the prefix cache; what nobody may share has one of its own
         self.salt = salt if self.params.reuse_cache else secrets.token_bytes(16)
         self._check_images_config()
+        self._check_speculative()
         self._check_ids()
         eos = self.params.eos_token_id
         eos = bundle.generation.eos_ids if eos is None else eos
@@ -273,6 +274,13 @@ class Request:
                     f"generate_config: {name}={getattr(p, name)!r} has no effect with this model: "
                     f"its images always become {vision.size}×{vision.size} pixels; leave it out"
                 )
+
+    def _check_speculative(self) -> None:
+        if self.params.speculative and not self.model.engine.backend.drafts:
+            raise GenerateConfigError(
+                f"generate_config: speculative={self.params.speculative!r} needs a model opened for it, by "
+                "ModelConfig(speculation=True) or serve --speculation; or leave it out"
+            )
 
     def _check_ids(self) -> None:
         p, vocab = self.params, self.model.bundle.model.vocab_size

@@ -90,7 +90,8 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=["quote", "greedy", "digits", "noise"])
     parser.add_argument("--output", type=Path, metavar="FILE", help="write a report")
     args = parser.parse_args()
-    model = ModelFactory.from_huggingface(args.path, None, ModelConfig(kv_cache_bytes=2**28))
+    config = ModelConfig(kv_cache_bytes=2**28, speculation=True)
+    model = ModelFactory.from_huggingface(args.path, None, config)
     with Pipeline(model) as pipeline:
         found = measure(pipeline, args.only, args.pairs, args.new_tokens)
     print(shown(found))

@@ -45,6 +45,11 @@ def test_more_tags_than_images(pipeline, red_circle):
     assert error.code_str == "902_MM_WRONG_FORMAT_ERROR"
 
 
+def test_speculation_of_a_model_that_was_not_opened_for_it(pipeline):
+    call = pipeline("Hi", generate_config={"speculative": "prompt_lookup"})
+    refused(call, errors.GenerateConfigError, "speculative='prompt_lookup'", "ModelConfig(speculation=True)")
+
+
 def test_more_images_than_tags(pipeline, red_circle):
     refused(
         pipeline(QUESTION, urls=[red_circle] * 2), errors.ImageWrongFormat, "1 image tag", "2 images"

@@ -102,7 +102,7 @@ def test_no_answer_shows_that_it_lost_its_place(precision: str, open_: Open, red
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 def test_no_answer_depends_on_what_was_drafted(precision: str, open_: Open, red_circle: Path) -> None:
-    pipeline, asked = open_(precision), requests(red_circle.parent)
+    pipeline, asked = open_(precision, speculation=True), requests(red_circle.parent)
     for length in (1, 5, 23, 64, 150):  # of texts that repeat themselves, and so do the answers to them
         config = {"top_k": 1, "max_new_tokens": 80, "ignore_eos": True, "return_logits": True}
         asked.append({"prompt": "red circle, blue star; " * length, "generate_config": config})

@@ -28,7 +28,7 @@ class Backend(Protocol):
     block_bytes: int  # of one block
     mixes: bool  # decodes and chunks of prompts go through one `step`; else each through its own
     paged: bool  # the cache is one pool of `budget_blocks` blocks, found by `Step.tables`; else slots
-    drafts: bool  # a few tokens behind a running answer's last one cost about as much as that one alone
+    drafts: bool  # a decode may have several tokens of a sequence, for the price of about one
     samples: bool  # `step` picks the tokens of rows that have a draw; else it returns all logits
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
@@ -53,6 +53,7 @@ class Options:
     kv_cache_bytes: int | None = None
     threads: int | None = None
     deterministic: bool = False
+    speculation: bool = False
     device: str | None = None
     trust_engines: bool = False
     weight_budget: int | None = None
@@ -65,6 +66,16 @@ def open_backend(bundle: Bundle, options: Options = Options()) -> Backend:
     Raises UserError for options that it does not have, MissingDependency, BundleError for graphs that
     cannot be opened here or may not be trusted.
     """
+    backend = _open(bundle, options)
+    if options.speculation and not backend.drafts:
+        raise UserError(
+            f"speculation: bundle {bundle.name} decodes in CUDA graphs of one token a sequence: leave it out"
+        )
+    backend.drafts = options.speculation
+    return backend
+
+
+def _open(bundle: Bundle, options: Options) -> Backend:
     o, attention = options, bundle.model.attention
     for field in ("threads", "max_seq_len"):
         if (value := getattr(o, field)) is not None and value < 1:

@@ -5,11 +5,12 @@ contiguous slice of slots, which is bound as both past and present, so nothing i
 of a buffer cost no memory, and a freed slot's pages go back to the system.
 
 Attention has a kernel of its own for one token of a sequence, and sums in another order where one token is
-left of a chunk that it cuts into tiles: so such a token is there twice, and every token has the same bits
-alone and in any chunk. Nothing depends on the other rows of a step, nor on where a prompt is cut, nor on
-what was drafted: an answer is the same to the bit whoever else is there. (At int4 a lone row of a product
-has a kernel of its own too. Weights that stay mapped are an exception: how their products are cut may
-depend on the rows and the threads.)
+left of a chunk that it cuts into tiles. The latter is there twice, so that nothing depends on where a prompt
+is cut; and decodes and chunks go through steps of their own, so that nothing depends on the other rows of a
+step: an answer is the same to the bit whoever else is there. With drafts, every decode's token is there
+twice too, and then has the same bits alone and in any draft; that costs 1 to 7 % of a lone answer's decode,
+2 to 19 % of eight (benchmarks/speculation.md). (At int4 a lone row of a product has a kernel of its own too.
+Weights that stay mapped are an exception: how their products are cut may depend on the rows and the threads.)
 """
 
 from __future__ import annotations
@@ -166,7 +167,7 @@ class OnnxBackend:
             "positions": step.positions,
             "logits_rows": step.logits_rows,
             "rope_rows": step.rope_rows,
-            **pad(step, self.slot_tokens),
+            **pad(step, self.slot_tokens, self.drafts),
         }
         for spec in self.bundle.graphs["decoder"].inputs:
             if spec.name in feeds:
@@ -251,16 +252,17 @@ def _with_last_twice(rows: np.ndarray) -> np.ndarray:
     return np.append(rows, rows[-1])
 
 
-def pad(step: Step, slot_tokens: int) -> dict[str, np.ndarray]:
+def pad(step: Step, slot_tokens: int, drafts: bool = False) -> dict[str, np.ndarray]:
     """Inputs of the padded attention nodes, `gqa`'s and `linear`'s: B slots, from the first to the last one
     in use, × S = the longest row.
 
-    An idle slot is a row of no tokens. Of a row of 1, 17, 33, … tokens the last one is there twice, the
-    second time behind what is its own in the cache, where the next step writes: GroupQueryAttention's tiles
-    hold a multiple of 16 tokens, and none may hold a lone one. Contract: export/attention.py.
+    An idle slot is a row of no tokens. Of a row of 17, 33, … tokens, and with `drafts` of 1, the last one is
+    there twice, the second time behind what is its own in the cache, where the next step writes:
+    GroupQueryAttention's tiles hold a multiple of 16 tokens, and none may hold a lone one. Contract:
+    export/attention.py.
     """
     low = step.slots[0]
-    widths = [count + (count % 16 == 1) for count in step.counts]
+    widths = [count + (count % 16 == 1 and (count > 1 or drafts)) for count in step.counts]
     n, longest = step.slots[-1] + 1 - low, max(widths)
     # `linear` writes the cells of idle slots too: behind everything that a slot can hold
     write_indices = np.full(n, slot_tokens, np.int64)

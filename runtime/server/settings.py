@@ -114,6 +114,9 @@ class Settings:
     deterministic: bool = _setting(
         False, _flag, "1 or 0", "answers never depend on the batch, int4 included [0]"
     )
+    speculation: bool = _setting(
+        False, _flag, "1 or 0", "requests may ask for speculative decoding; others are a little slower [0]"
+    )
     memory_limit: int | None = _setting(
         None, _size, "a size like 8GiB", "memory the whole server may take; refused when it cannot do"
     )
@@ -251,6 +254,7 @@ class Settings:
             kv_cache_bytes=self.kv_cache_bytes,
             image_cache_bytes=self.image_cache_bytes,
             deterministic=self.deterministic,
+            speculation=self.speculation,
         )
 
 

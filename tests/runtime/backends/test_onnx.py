@@ -464,7 +464,8 @@ def test_padding_puts_every_token_into_its_slots_cell() -> None:
         counts=[1, 4, 1],
         tables=[[], [], []],
     )
-    inputs = pad(step, slot_tokens=500)
+    assert pad(step, slot_tokens=500)["query_seqlens"].tolist() == [1, 0, 4, 1]
+    inputs = pad(step, slot_tokens=500, drafts=True)
     grid = inputs["pad_rows"].reshape(4, 4)
     assert grid.tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [1, 2, 3, 4], [5, 5, 0, 0]]
     assert inputs["packed_rows"].tolist() == [0, 8, 9, 10, 11, 12]

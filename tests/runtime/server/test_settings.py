@@ -28,10 +28,11 @@ def test_the_tutorials_environment_is_understood():
 
 
 def test_settings_reach_the_model():
-    line = "--max_seq_len 512 --kv-cache-bytes 1MiB --quantization int8 --chat-template qwen --deterministic"
+    line = "--max_seq_len 512 --kv-cache-bytes 1MiB --quantization int8 --chat-template qwen"
+    line += " --deterministic --speculation"
     config = settings(line).model_config()
     assert (config.max_seq_len, config.kv_cache_bytes, config.precision) == (512, 1 << 20, "int8")
-    assert (config.conversation, config.deterministic) == ("qwen", True)
+    assert (config.conversation, config.deterministic, config.speculation) == ("qwen", True, True)
 
 
 def test_defaults_are_those_of_the_contract():
