@@ -153,7 +153,8 @@ def _checkpoint_options(sub: Parser, runs: bool = False) -> None:
     group.add_argument("--kv-cache", metavar="KIND", help="of tensorrt: paged, linear [paged]")
     group.add_argument("--precision", default="auto", metavar="P",
                        help="CPU: fp32, int8, int4 [int4 above 2 billion parameters]; torchscript: bf16, "
-                       "fp16, fp32, int8; tensorrt: bf16, fp16, fp8, int8, int4, fp32 [bf16]")  # fmt: skip
+                       "fp16, fp32, int8; tensorrt: bf16, fp16, fp8, int8, int4, fp32 [bf16]; auto: the "
+                       "checkpoint's own quantisation, where it has one")  # fmt: skip
     group.add_argument("--max-seq-len", type=int, metavar="N", help="tokens of the longest sequence")
     group.add_argument("--tokenizer", metavar="PATH", help="folder, if not the checkpoint's")
     group.add_argument("--vision-tower", metavar="PATH", help="folder or hub id, if not the one it names")
