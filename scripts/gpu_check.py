@@ -474,9 +474,7 @@ def decode(c: Context) -> Iterator[Row]:
     """
     rate = bandwidth(c.device)
     yield Row("memory bandwidth, copy", rate / 1e9, "GB/s")
-    for model in c.models:
-        yield from guarded(model, _ours(c, model, rate))
-        _release(c)
+    yield from _each(c, lambda model: _ours(c, model, rate))
 
 
 def _ours(c: Context, model: str, rate: float) -> Iterator[Row]:
@@ -536,9 +534,7 @@ def compiled(c: Context) -> Iterator[Row]:
 
 
 def _theirs(c: Context, static: bool) -> Iterator[Row]:
-    for model in c.models:
-        yield from guarded(model, _generate(c, model, static))
-        _release(c)
+    yield from _each(c, lambda model: _generate(c, model, static))
 
 
 def _generate(c: Context, model: str, static: bool) -> Iterator[Row]:
@@ -576,6 +572,13 @@ def _release(c: Context) -> None:
         torch.cuda.empty_cache()
 
 
+def _each(c: Context, part: Callable[[str], Iterator[Row]]) -> Iterator[Row]:
+    """The part's rows of each model asked for, of which one at a time is in memory."""
+    for model in c.models:
+        yield from guarded(model, part(model))
+        _release(c)
+
+
 # ------------------------------------------------------------------------------------------- serving
 
 
@@ -592,9 +595,7 @@ def serving(c: Context) -> Iterator[Row]:
     """
     rate = bandwidth(c.device)
     yield Row("memory bandwidth, copy", rate / 1e9, "GB/s")
-    for model in c.models:
-        yield from guarded(model, _serving(c, model, rate))
-        _release(c)
+    yield from _each(c, lambda model: _serving(c, model, rate))
 
 
 def _serving(c: Context, model: str, rate: float) -> Iterator[Row]:
@@ -675,9 +676,7 @@ def _poisson(c: Context, model: str, server: Any) -> Iterator[Row]:
 def serving_transformers(c: Context) -> Iterator[Row]:
     """The prompts of `serving` as one batch in `generate`, which ends together; and in transformers' own
     continuous batching, which takes no pictures: words alone, as many as the picture would have been."""
-    for model in c.models:
-        yield from guarded(model, _serving_transformers(c, model))
-        _release(c)
+    yield from _each(c, lambda model: _serving_transformers(c, model))
 
 
 def _serving_transformers(c: Context, model: str) -> Iterator[Row]:

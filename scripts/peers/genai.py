@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime_genai as og
-from protocol import serve
+from protocol import Timed, serve
 
 
 def prepare(folder: Path, precision: str, image: bool) -> None:
@@ -21,7 +21,7 @@ def prepare(folder: Path, precision: str, image: bool) -> None:
     subprocess.run([*command, "-p", precision, "-e", "cpu", "-c", folder / "cache"], check=True)
 
 
-class Worker:
+class Worker(Timed):
     def __init__(self, folder: Path, precision: str, threads: int, image: bool):
         self.folder = folder / f"genai-{precision}"
         config = og.Config(str(self.folder))
@@ -29,8 +29,8 @@ class Worker:
         config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
         self.model = og.Model(config)
 
-    def _begin(self, prompts: list[list[int]], n: int) -> og.Generator:
-        """Through the prompts and to their first token."""
+    def times(self, prompts: list[list[int]], n: int) -> tuple[float, float]:
+        start = time.perf_counter()
         params = og.GeneratorParams(self.model)
         length = len(prompts[0]) + n + 1
         params.set_search_options(
@@ -39,22 +39,10 @@ class Worker:
         generator = og.Generator(self.model, params)
         generator.append_tokens(np.array(prompts, np.int32))
         generator.generate_next_token()
-        return generator
-
-    def generate(self, ids: list[int], n: int) -> dict[str, float]:
-        start = time.perf_counter()
-        generator = self._begin([ids], n)
         first = time.perf_counter()
         for _ in range(n):
             generator.generate_next_token()
-        return {"prefill": first - start, "decode": (time.perf_counter() - first) / n}
-
-    def streams(self, prompts: list[list[int]], n: int) -> dict[str, float]:
-        generator = self._begin(prompts, n)
-        first = time.perf_counter()
-        for _ in range(n):
-            generator.generate_next_token()
-        return {"streams": (time.perf_counter() - first) / n}
+        return first - start, (time.perf_counter() - first) / n
 
     def logits(self, ids: list[int]) -> dict[str, list[float]]:
         generator = og.Generator(self.model, og.GeneratorParams(self.model))

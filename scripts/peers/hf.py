@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from protocol import serve
+from protocol import Timed, serve
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -27,7 +27,7 @@ def quantise(model: torch.nn.Module, precision: str) -> None:
     quantize_(model, int4 if precision == "int4" else Int8DynamicActivationInt8WeightConfig())
 
 
-class Worker:
+class Worker(Timed):
     def __init__(self, folder: Path, precision: str, threads: int, image: bool):
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
@@ -42,20 +42,13 @@ class Worker:
         out = self.model(ids, use_cache=True, logits_to_keep=1, **more)
         return out.logits[:, -1], out.logits[:, -1].argmax(-1, keepdim=True), out.past_key_values
 
-    def _times(self, prompts: list[list[int]], n: int) -> tuple[float, float]:
+    def times(self, prompts: list[list[int]], n: int) -> tuple[float, float]:
         start = time.perf_counter()
         _, ids, cache = self._step(torch.tensor(prompts))
         first = time.perf_counter()
         for _ in range(n):
             _, ids, cache = self._step(ids, past_key_values=cache)
         return first - start, (time.perf_counter() - first) / n
-
-    def generate(self, ids: list[int], n: int) -> dict[str, float]:
-        prefill, decode = self._times([ids], n)
-        return {"prefill": prefill, "decode": decode}
-
-    def streams(self, prompts: list[list[int]], n: int) -> dict[str, float]:
-        return {"streams": self._times(prompts, n)[1]}
 
     def logits(self, ids: list[int]) -> dict[str, list[float]]:
         return {"logits": self._step(torch.tensor([ids]))[0][0].tolist()}

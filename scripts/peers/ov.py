@@ -12,7 +12,7 @@ import numpy as np
 import openvino as ov
 import openvino_genai as genai
 from PIL import Image
-from protocol import serve
+from protocol import Timed, serve
 
 WHOLE_PROMPT = 2**20  # tokens of a step; a prompt would be cut in pieces of 256 else
 
@@ -29,7 +29,7 @@ def prepare(folder: Path, precision: str, image: bool) -> None:
     subprocess.run([*command, output], check=True)
 
 
-class Worker:
+class Worker(Timed):
     def __init__(self, folder: Path, precision: str, threads: int, image: bool):
         self.properties = {"INFERENCE_NUM_THREADS": threads}
         self.folder = folder / f"openvino-{'llava' if image else 'llama'}-{precision}"
@@ -41,7 +41,7 @@ class Worker:
         self.pipeline = genai.ContinuousBatchingPipeline(str(self.folder), scheduler, "CPU", self.properties)
         self.asked = 0
 
-    def _times(self, prompts: list[list[int]], n: int) -> tuple[float, float]:
+    def times(self, prompts: list[list[int]], n: int) -> tuple[float, float]:
         """Of the steps until every answer has its first token, and of one step afterwards."""
         config = genai.GenerationConfig(max_new_tokens=n + 1, min_new_tokens=n + 1, ignore_eos=True)
         config.do_sample = False
@@ -60,13 +60,6 @@ class Worker:
             self.pipeline.step()
             steps += 1
         return first - start, (time.perf_counter() - first) / steps
-
-    def generate(self, ids: list[int], n: int) -> dict[str, float]:
-        prefill, decode = self._times([ids], n)
-        return {"prefill": prefill, "decode": decode}
-
-    def streams(self, prompts: list[list[int]], n: int) -> dict[str, float]:
-        return {"streams": self._times(prompts, n)[1]}
 
     def logits(self, ids: list[int]) -> dict[str, list[float]]:
         """The pipeline shows none: the same graph, compiled once more."""

@@ -26,6 +26,21 @@ from pathlib import Path
 from typing import Any
 
 
+class Timed:
+    """`generate` and `streams` of a worker that computes all prompts of a question in one batch."""
+
+    def times(self, prompts: list[list[int]], n: int) -> tuple[float, float]:
+        """Seconds to the first tokens, and of one of the n steps after them."""
+        raise NotImplementedError
+
+    def generate(self, ids: list[int], n: int) -> dict[str, float]:
+        prefill, decode = self.times([ids], n)
+        return {"prefill": prefill, "decode": decode}
+
+    def streams(self, prompts: list[list[int]], n: int) -> dict[str, float]:
+        return {"streams": self.times(prompts, n)[1]}
+
+
 def memory() -> dict[str, int]:
     """Bytes of this process: the peak, and what is resident now without a file and from files."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
