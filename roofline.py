@@ -34,7 +34,7 @@ from .runtime.kv_cache import BLOCK
 
 READ = 2**30  # bytes, to measure the bandwidth
 ROWS, SIDE = 512, 4096  # the product that measures the arithmetic is [ROWS, SIDE] × [SIDE, SIDE]
-QUANTISED = 32  # weights that share a scale
+BLOCKS = {4: 128, 8: 64}  # weights that share a scale: export/quantize.py's, which imports torch
 Number = Any  # or an array of numbers
 
 
@@ -116,9 +116,11 @@ def product_rate(precision: str, threads: int, repeat: int) -> dict[str, Any]:
         weights = [rng.random((SIDE, SIDE), np.float32)]
         node = make.make_node("Gemm", ["x", "0"], ["y"], transB=1)
     else:
-        bits, blocks = int(precision[3:]), SIDE // QUANTISED
+        bits = int(precision[3:])
+        block = BLOCKS[bits]
+        blocks = SIDE // block
         weights = [
-            rng.integers(0, 256, (SIDE, blocks, QUANTISED * bits // 8), np.uint8),
+            rng.integers(0, 256, (SIDE, blocks, block * bits // 8), np.uint8),
             rng.random((SIDE, blocks), np.float32),
             rng.integers(0, 256, (SIDE, blocks * bits // 8), np.uint8),
         ]
@@ -126,7 +128,7 @@ def product_rate(precision: str, threads: int, repeat: int) -> dict[str, Any]:
             "N": SIDE,
             "K": SIDE,
             "bits": bits,
-            "block_size": QUANTISED,
+            "block_size": block,
             "accuracy_level": 4,
         }
         node = make.make_node("MatMulNBits", ["x", "0", "1", "2"], ["y"], domain="com.microsoft", **sizes)

@@ -137,8 +137,7 @@ class Layer(nn.Module):
         """x [T, hidden] → [T, hidden]; logn [T, 1]."""
         c = self.c
         qkv = self.qkv(self.attention_norm(x))
-        q_end, k_end = c.heads * c.head_dim, (c.heads + c.kv_heads) * c.head_dim
-        q, k, v = qkv[:, :q_end], qkv[:, q_end:k_end], qkv[:, k_end:]  # [T, heads · head_dim]
+        q, k, v = qkv.split([n * c.head_dim for n in (c.heads, c.kv_heads, c.kv_heads)], -1)
         if c.qk_norm:
             q = self.q_norm(q.unflatten(-1, (c.heads, c.head_dim))).flatten(1)
             k = self.k_norm(k.unflatten(-1, (c.kv_heads, c.head_dim))).flatten(1)
@@ -146,7 +145,7 @@ class Layer(nn.Module):
             q = q * logn  # rotation is linear: before rope is as good as after
         x = x + self.o(attend(index, q, k, v))
         gate_up = self.gate_up(self.mlp_norm(x))
-        gate, up = gate_up[:, : c.intermediate_size], gate_up[:, c.intermediate_size :]
+        gate, up = gate_up.chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
 
 

@@ -4,13 +4,16 @@ convolutions and vision attention, and says how each weight is stored.
 A checkpoint's own int4 and fp8 (packed.py) are kept where the precision is theirs; what such a checkpoint has
 not quantised, its head and embedding mostly, is as the precision makes it of any other checkpoint.
 
-For the CPU: weights only, in blocks of 64 along a row, in ONNX Runtime's operators. A block has a float32
-scale and an unsigned zero point: weight ≈ (q − zero_point) · scale. A product reads two floats of a block
-beside its values, so 4 bits in blocks of 32 are 0.75 bytes a weight, of 64 0.625, of 128 0.56, and decode
-waits for bytes; the relative error on Gaussian weights is 8.1, 9.1 and 10.1 % (llama.cpp's Q4_0: 0.56 bytes,
-8.6 %). 8 bits are 1.25, 1.125 and 1.06 bytes, 0.48, 0.54 and 0.59 %; in blocks of 128 the bits of a row
-depend on how many rows there are (AVX-512 kernels of ONNX Runtime 1.32). Searching each scale among four
-wins 0.3 points of 4 bits and makes an export four times as long.
+For the CPU: weights only, in blocks along a row, in ONNX Runtime's operators. A block has a float32 scale
+and an unsigned zero point: weight ≈ (q − zero_point) · scale. A product reads two floats of a block beside
+its values, so 4 bits in blocks of 32 are 0.75 bytes a weight, of 64 0.625, of 128 0.56; and the larger the
+block, the less there is to compute: of 128 instead of 64 a prefill takes three quarters of the time, eight
+streams together five sixths (AVX-512, Zen 5). The relative error on Gaussian weights is 8.1, 9.1 and 10.1 %
+(llama.cpp's Q4_0: 0.56 bytes, 8.6 %); of 128 with a range cut to 93 %, whose ends few weights reach, 9.7 %.
+A least-squares scale wins another 0.05 points, the best of seven cuts for each block 0.15. 8 bits are 1.25,
+1.125 and 1.06 bytes, 0.48, 0.54 and 0.59 %, and gain little from a cut or in speed; in blocks of 128 the
+bits of a row depend on whether it has a partner (AVX-512 kernels of ONNX Runtime 1.32), as they do at 4
+bits from 64 on.
 
 For engines and TorchScript, 16 bits: a product has its operands in 16 bits and everything between two
 products is float32 (norms, softmax, rope, activations, residual sums), because the new modules take and
@@ -35,28 +38,38 @@ if TYPE_CHECKING:
     from .qdq import Range
 
 BITS = {"int4": 4, "int8": 8}
-BLOCK = 64  # weights that share a scale
+BLOCKS = {4: 128, 8: 64}  # bits → weights that share a scale, where that divides a row
+CUT = {4: 0.93, 8: 1.0}  # of a block's range: what lies outside is clipped
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+def block_of(columns: int, bits: int) -> int:
+    """Weights that share a scale: BLOCKS[bits], or 64 or 32 where only that divides a row."""
+    smaller = (block for block in (64, 32) if block < BLOCKS[bits])
+    return next((b for b in (BLOCKS[bits], *smaller) if columns % b == 0), BLOCKS[bits])
+
+
 def quantize(weights: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """float32 [R, K] → packed uint8 [R, blocks, 64 · bits / 8], scales float32 [R, blocks],
+    """float32 [R, K] → packed uint8 [R, blocks, block · bits / 8], scales float32 [R, blocks],
     zero points uint8 [R, ceil(blocks · bits / 8)], as MatMulNBits stores them.
 
-    blocks = ceil(K / 64); scale = (high − low) / (2^bits − 1) with low ≤ 0 ≤ high the block's range,
-    zero point = round(−low / scale), q = round(weight / scale) + zero point, halves to even. Values of
-    4 bits are packed low half first; a last, partial block is filled with zeros.
+    block = block_of(K, bits), blocks = ceil(K / block); step = (high − low) / (2^bits − 1) with low ≤ 0 ≤
+    high the block's range, zero point = round(−low / step), scale = CUT[bits] · step, q = round(weight /
+    scale) + zero point, clipped, halves to even. Values of 4 bits are packed low half first; a last,
+    partial block is filled with zeros.
     """
     rows, columns = weights.shape
-    if fill := -columns % BLOCK:
+    block = block_of(columns, bits)
+    if fill := -columns % block:
         weights = nn.functional.pad(weights, (0, fill))
     top = 2**bits - 1
-    blocks = weights.reshape(rows, -1, BLOCK)
+    blocks = weights.reshape(rows, -1, block)
     low, high = torch.aminmax(blocks, dim=-1)
     low, high = low.clamp_max_(0), high.clamp_min_(0)
     scales = (high - low).div_(top)
     scales[scales == 0] = 1.0
     zeros = (-low / scales).round_()
+    scales *= CUT[bits]
     q = (blocks / scales.unsqueeze(-1)).round_().add_(zeros.unsqueeze(-1)).clamp_(0, top)
     packed, zero_points = q.to(torch.uint8), zeros.to(torch.uint8)
     if bits == 4:
@@ -81,7 +94,7 @@ class _Quantized(nn.Module):
     scales: Tensor
     zero_points: Tensor
 
-    def __init__(self, rows: int, columns: int, bits: int, block: int = BLOCK, embedding: bool = False):
+    def __init__(self, rows: int, columns: int, bits: int, block: int, embedding: bool = False):
         super().__init__()
         self.rows, self.columns, self.bits, self.block = rows, columns, bits, block
         blocks = -(-columns // block)
@@ -101,7 +114,8 @@ class QuantLinear(_Quantized):
     """
 
     def __init__(self, linear: nn.Linear, bits: int, own: Int4 | None = None):
-        super().__init__(linear.out_features, linear.in_features, bits, own.block if own else BLOCK)
+        block = own.block if own else block_of(linear.in_features, bits)
+        super().__init__(linear.out_features, linear.in_features, bits, block)
         self.bias = linear.bias
         self.sort = Sort(own)
 
@@ -156,7 +170,8 @@ class QuantEmbedding(_Quantized):
     """com.microsoft.GatherBlockQuantized."""
 
     def __init__(self, embedding: nn.Embedding, bits: int):
-        super().__init__(embedding.num_embeddings, embedding.embedding_dim, bits, embedding=True)
+        rows, columns = embedding.weight.shape
+        super().__init__(rows, columns, bits, block_of(columns, bits), embedding=True)
 
     def forward(self, ids: Tensor) -> Tensor:
         return torch.onnx.ops.symbolic(
@@ -349,8 +364,9 @@ def swap(
                 new = TransposedLinear(child)
             kind = kind or ("transposed" if flip else "")
         elif isinstance(child, nn.Embedding):
-            if target == "cpu" and precision in BITS and not child.embedding_dim % BLOCK:
-                new, kind = QuantEmbedding(child, BITS[precision]), precision
+            bits = BITS.get(precision, 0) if target == "cpu" else 0
+            if bits and child.embedding_dim % block_of(child.embedding_dim, bits) == 0:
+                new, kind = QuantEmbedding(child, bits), precision
             elif half != torch.float32:
                 new = HalfEmbedding(child, half)
                 halves[child.weight] = new.weight

@@ -1,16 +1,18 @@
 """ONNX Runtime on the CPU: the `gqa` lowering (and `linear`, to check it), caches in place.
 
-Each layer's keys and values are one buffer [slots, kv_heads, 2 · slot_tokens, head_dim]. A step runs on a
+Each layer's keys and values are one buffer [slots, kv_heads, ≥ 2 · slot_tokens, head_dim]. A step runs on a
 contiguous slice of slots, which is bound as both past and present, so nothing is copied. Untouched pages
 of a buffer cost no memory, and a freed slot's pages go back to the system.
 
-Attention has a kernel of its own for one token of a sequence, and sums in another order where one token is
-left of a chunk that it cuts into tiles. The latter is there twice, so that nothing depends on where a prompt
-is cut; and decodes and chunks go through steps of their own, so that nothing depends on the other rows of a
-step: an answer is the same to the bit whoever else is there. With drafts, every decode's token is there
-twice too, and then has the same bits alone and in any draft; that costs 1 to 7 % of a lone answer's decode,
-2 to 19 % of eight (benchmarks/speculation.md). (At int4 a lone row of a product has a kernel of its own too.
-Weights that stay mapped are an exception: how their products are cut may depend on the rows and the threads.)
+Attention has a kernel of its own for one token of a sequence, and sums in another order where one token
+is left of a chunk that it cuts into tiles. The latter is there twice, so that nothing depends on where a
+prompt is cut; and decodes and chunks go through steps of their own, so that nothing depends on the other
+rows of a step: an answer is the same to the bit whoever else is there. A token whose heads share keys
+avoids that kernel (export/attention.py), and has the same bits alone and in any chunk or draft. Where
+they do not, every decode's token is there twice too when drafts are allowed; that costs 1 to 7 % of a
+lone answer's decode, 2 to 19 % of eight (benchmarks/speculation.md). (At int4 a lone row of a product has
+a kernel of its own too. Weights that stay mapped are an exception: how their products are cut may depend
+on the rows and the threads.)
 """
 
 from __future__ import annotations
@@ -83,8 +85,9 @@ class OnnxBackend:
         self._lock = threading.Lock()
         self._decoder: ort.InferenceSession | None = None
         self._vision: ort.InferenceSession | None = None
-        self._caches: list[tuple[str, str, mmap.mmap | None, np.ndarray]] = []
+        self._caches: list[tuple[str, list[str], mmap.mmap | None, np.ndarray]] = []
         self._bound: dict[tuple[int, int], ort.IOBinding] = {}
+        self._folds = any(s.name.startswith("decode_") for s in bundle.graphs["decoder"].outputs)
         # weights that are not repacked have a kernel of their own for a lone row, as int4 has
         self._pairs = deterministic or self._stays_mapped("decoder")
         if "decoder" in graphs:
@@ -98,9 +101,10 @@ class OnnxBackend:
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         options.enable_mem_pattern = False  # shapes change every step: a pattern would never repeat
-        # Threads that spin between runs gain 4 to 7 % on an idle machine, and take half the speed where
-        # anybody else wants the cores: the other graph, sampling, a server's event loop.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Threads spin for as long as the next node may take to come: waking them costs a decode a tenth of
+        # its time. Spinning for longer wins 3 % more, and loses up to 40 % where anybody else wants the
+        # cores: the other graph, sampling, a server's event loop.
+        options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
         if self._stays_mapped(graph):
             # Repacked weights are a copy. As they are they stay in the mapped file, whose pages the
             # system takes back when it needs room.
@@ -123,12 +127,16 @@ class OnnxBackend:
             self._decoder = self._session("decoder")
         if not self._caches:
             model = self.bundle.model
-            # the node wants room for a step's longest row behind every row's past: at worst a second slot
-            shape = (self.slots, model.kv_heads, 2 * self.slot_tokens, model.head_dim)
+            # the nodes want room behind every row's past for a step's longest row, at worst a second slot,
+            # and for a token's heads
+            room = self.slot_tokens + max(self.slot_tokens, model.heads)
+            shape = (self.slots, model.kv_heads, room, model.head_dim)
+            outputs = self.bundle.graphs["decoder"].outputs
             for i in range(model.layers):
                 for kind in ("key", "value"):
                     memory, array = _allocate(shape, self.dtype)
-                    self._caches.append((f"past_{kind}.{i}", f"present_{kind}.{i}", memory, array))
+                    news = [s.name for s in outputs if s.name.endswith(f"_{kind}.{i}")]
+                    self._caches.append((f"past_{kind}.{i}", news, memory, array))
 
     def _binding(self, low: int, high: int) -> ort.IOBinding:
         """With the slots from low to high of every cache in place: [n, kv_heads, tokens, dim]."""
@@ -138,10 +146,11 @@ class OnnxBackend:
             self._open_decoder()
             assert self._decoder is not None
             binding = self._decoder.io_binding()
-            for past, present, _, array in self._caches:
+            for past, news, _, array in self._caches:
                 value = import_onnxruntime().OrtValue.ortvalue_from_numpy(array[low:high])
                 binding.bind_ortvalue_input(past, value)
-                binding.bind_ortvalue_output(present, value)
+                for new in news:
+                    binding.bind_ortvalue_output(new, value)
             self._bound[low, high] = binding
         return self._bound[low, high]
 
@@ -161,13 +170,16 @@ class OnnxBackend:
         if self._pairs:
             step = paired(step)
         binding = self._binding(step.slots[0], step.slots[-1] + 1)
+        cells = pad(step, self.drafts and not self._folds)
+        if self.bundle.model.attention == "linear":
+            cells |= scatter(step, cells, self.slot_tokens)
         feeds = {
             "input_ids": step.input_ids,
             "image_embeds": step.image_embeds,
             "positions": step.positions,
             "logits_rows": step.logits_rows,
             "rope_rows": step.rope_rows,
-            **pad(step, self.slot_tokens, self.drafts),
+            **cells,
         }
         for spec in self.bundle.graphs["decoder"].inputs:
             if spec.name in feeds:
@@ -252,21 +264,18 @@ def _with_last_twice(rows: np.ndarray) -> np.ndarray:
     return np.append(rows, rows[-1])
 
 
-def pad(step: Step, slot_tokens: int, drafts: bool = False) -> dict[str, np.ndarray]:
-    """Inputs of the padded attention nodes, `gqa`'s and `linear`'s: B slots, from the first to the last one
-    in use, × S = the longest row.
+def pad(step: Step, twice: bool = False) -> dict[str, np.ndarray]:
+    """Inputs of `gqa`'s padded attention nodes: B slots, from the first to the last one in use, × S = the
+    longest row.
 
-    An idle slot is a row of no tokens. Of a row of 17, 33, … tokens, and with `drafts` of 1, the last one is
+    An idle slot is a row of no tokens. Of a row of 17, 33, … tokens, and if `twice` of 1, the last one is
     there twice, the second time behind what is its own in the cache, where the next step writes:
     GroupQueryAttention's tiles hold a multiple of 16 tokens, and none may hold a lone one. Contract:
     export/attention.py.
     """
     low = step.slots[0]
-    widths = [count + (count % 16 == 1 and (count > 1 or drafts)) for count in step.counts]
+    widths = [count + (count % 16 == 1 and (count > 1 or twice)) for count in step.counts]
     n, longest = step.slots[-1] + 1 - low, max(widths)
-    # `linear` writes the cells of idle slots too: behind everything that a slot can hold
-    write_indices = np.full(n, slot_tokens, np.int64)
-    query_positions = np.zeros((n, longest), np.int64)
     lengths = np.zeros(n, np.int32)
     totals = np.zeros(n, np.int32)
     position_ids = np.zeros((n, longest), np.int64)
@@ -277,8 +286,6 @@ def pad(step: Step, slot_tokens: int, drafts: bool = False) -> dict[str, np.ndar
         row = slot - low
         lengths[row], totals[row] = width, past + width
         position_ids[row, :count] = step.rope_rows[at : at + count]
-        query_positions[row, :count] = step.positions[at : at + count]
-        write_indices[row] = past
         pad_rows[row, :width] = np.minimum(np.arange(at, at + width), at + count - 1)
         packed_rows[at : at + count] = row * longest + np.arange(count)
         at += count
@@ -289,8 +296,22 @@ def pad(step: Step, slot_tokens: int, drafts: bool = False) -> dict[str, np.ndar
         "query_seqlens": lengths,
         "seqlens_k": np.maximum(totals - 1, 0).astype(np.int32),
         "total_sequence_length": np.array(totals.max(), np.int32),
-        "query_positions": query_positions,
-        "key_positions": np.arange(totals.max(), dtype=np.int64),
+    }
+
+
+def scatter(step: Step, cells: dict[str, np.ndarray], slot_tokens: int) -> dict[str, np.ndarray]:
+    """What `linear` wants beside `cells`, the inputs that `pad` made."""
+    positions = np.zeros_like(cells["position_ids"])
+    # the cells of idle slots are written too: behind everything that a slot can hold
+    write_indices = np.full(len(positions), slot_tokens, np.int64)
+    at = 0
+    for slot, past, count in zip(step.slots, step.pasts, step.counts, strict=True):
+        positions[slot - step.slots[0], :count] = step.positions[at : at + count]
+        write_indices[slot - step.slots[0]] = past
+        at += count
+    return {
+        "query_positions": positions,
+        "key_positions": np.arange(int(cells["total_sequence_length"]), dtype=np.int64),
         "write_indices": write_indices,
     }
 

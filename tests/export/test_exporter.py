@@ -124,7 +124,7 @@ def first_logits(bundle: Bundle, ids: list[int], images: np.ndarray) -> np.ndarr
         "total_sequence_length": np.array(n, np.int32), "logits_rows": rows,
     }  # fmt: skip
     m = bundle.model
-    cache = np.zeros((1, m.kv_heads, n, m.head_dim), np.float32)
+    cache = np.zeros((1, m.kv_heads, n + m.heads, m.head_dim), np.float32)
     for spec in bundle.graphs["decoder"].inputs:
         if spec.name.startswith("past_"):
             inputs[spec.name] = cache

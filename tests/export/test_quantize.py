@@ -17,11 +17,13 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from rtp_llm.export.quantize import (
-    BLOCK,
+    BLOCKS,
+    CUT,
     QuantEmbedding,
     QuantLinear,
     RowsLinear,
     TransposedLinear,
+    block_of,
     dequantize,
     fill,
     quantize,
@@ -41,7 +43,7 @@ def unpack(
     found = np.zeros((packed.shape[0], columns), np.float32)
     for row in range(packed.shape[0]):
         for column in range(columns):
-            block, place = divmod(column, BLOCK)
+            block, place = divmod(column, block_of(columns, bits))
             if bits == 8:
                 q, zero = int(packed[row, block, place]), int(zeros[row, block])
             else:
@@ -56,9 +58,10 @@ def unpack(
 @given(array=matrices)
 def test_dequantising_is_the_operators_formula(bits: int, array: np.ndarray):
     packed, scales, zeros = quantize(torch.from_numpy(array.copy()), bits)
-    blocks = -(-array.shape[1] // BLOCK)
+    block = block_of(array.shape[1], bits)
+    blocks = -(-array.shape[1] // block)
     assert packed.dtype == zeros.dtype == torch.uint8 and scales.dtype == torch.float32
-    assert packed.shape == (len(array), blocks, BLOCK * bits // 8)
+    assert packed.shape == (len(array), blocks, block * bits // 8)
     assert scales.shape == (len(array), blocks)
     assert zeros.shape == (len(array), -(-blocks * bits // 8))
     found = dequantize(packed, scales, zeros, array.shape[1], bits)
@@ -69,34 +72,41 @@ def test_dequantising_is_the_operators_formula(bits: int, array: np.ndarray):
 @both
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(array=matrices)
-def test_no_weight_moves_by_more_than_one_step_and_zero_stays_zero(bits: int, array: np.ndarray):
+def test_a_weight_moves_by_a_step_at_most_beside_what_the_range_is_cut_by(bits: int, array: np.ndarray):
     packed, scales, zeros = quantize(torch.from_numpy(array.copy()), bits)
     found = dequantize(packed, scales, zeros, array.shape[1], bits).numpy()
-    for start in range(0, array.shape[1], BLOCK):
-        block = array[:, start : start + BLOCK]
-        low, high = block.min(1).clip(max=0), block.max(1).clip(min=0)
-        step = ((high - low) / (2**bits - 1))[:, None]
+    size = block_of(array.shape[1], bits)
+    for start in range(0, array.shape[1], size):
+        block = array[:, start : start + size]
+        low, high = block.min(1, keepdims=True).clip(max=0), block.max(1, keepdims=True).clip(min=0)
+        step = (high - low) / (2**bits - 1)
         # half a step of rounding, and half of the zero point where a value is cut at the range's end
-        assert (np.abs(found[:, start : start + BLOCK] - block) <= step * 1.001).all()
+        kept = np.clip(block, low * CUT[bits], high * CUT[bits])
+        assert (np.abs(found[:, start : start + size] - kept) <= step * 1.001).all()
     assert (found[array == 0] == 0).all()
 
 
-@both
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data(), rows=st.integers(1, 3), blocks=st.integers(1, 5))
-def test_values_that_four_or_eight_bits_can_hold_come_back_exactly(bits, data, rows, blocks):
+def test_values_that_eight_bits_can_hold_come_back_exactly(data, rows, blocks):
     """Blocks that use their whole range: quantising is then undone without an error."""
-    top = 2**bits - 1
-    shape = (rows, blocks, BLOCK)
-    q = data.draw(hnp.arrays(np.int64, shape, elements=st.integers(0, top)))
-    q[..., 0], q[..., 1] = 0, top
-    zero = data.draw(hnp.arrays(np.int64, (rows, blocks, 1), elements=st.integers(0, top)))
+    shape = (rows, blocks, BLOCKS[8])
+    q = data.draw(hnp.arrays(np.int64, shape, elements=st.integers(0, 255)))
+    q[..., 0], q[..., 1] = 0, 255
+    zero = data.draw(hnp.arrays(np.int64, (rows, blocks, 1), elements=st.integers(0, 255)))
     weights = ((q - zero) * 2.0**-5).astype(np.float32).reshape(rows, -1)
-    packed = quantize(torch.from_numpy(weights), bits)
-    np.testing.assert_array_equal(dequantize(*packed, weights.shape[1], bits).numpy(), weights)
+    packed = quantize(torch.from_numpy(weights), 8)
+    np.testing.assert_array_equal(dequantize(*packed, weights.shape[1], 8).numpy(), weights)
 
 
-@pytest.mark.parametrize("bits, error", [(4, 0.091), (8, 0.0054)])
+@pytest.mark.parametrize(
+    "columns, blocks", [(2048, (128, 64)), (960, (64, 64)), (352, (32, 32)), (50, (128, 64))]
+)
+def test_a_block_divides_a_row_where_one_of_32_and_more_does(columns: int, blocks: tuple[int, int]):
+    assert (block_of(columns, 4), block_of(columns, 8)) == blocks
+
+
+@pytest.mark.parametrize("bits, error", [(4, 0.097), (8, 0.0054)])
 def test_the_error_on_gaussian_weights_is_what_the_module_says(bits: int, error: float):
     torch.manual_seed(0)
     weights = torch.randn(512, 1024)
@@ -132,19 +142,20 @@ def test_onnx_runtimes_matmul_computes_with_the_dequantised_weights(bits, rows, 
     weights = torch.randn(48, columns, generator=generator) + 0.3
     x = torch.randn(rows, columns, generator=generator)
     packed, scales, zeros = quantize(weights, bits)
-    attributes = {"N": 48, "K": columns, "bits": bits, "block_size": BLOCK, "accuracy_level": 4}
+    block = block_of(columns, bits)
+    attributes = {"N": 48, "K": columns, "bits": bits, "block_size": block, "accuracy_level": 4}
     constants = {"w": packed.numpy(), "s": scales.numpy(), "z": zeros.numpy()}
     found = run("MatMulNBits", attributes, {"x": x.numpy()}, constants)
     dequantised = dequantize(packed, scales, zeros, columns, bits)
     expected = x @ dequantised.t()
     bound = torch.zeros_like(expected)
-    for xs, ws in zip(*(m.split(BLOCK, 1) for m in (x, dequantised)), strict=True):
+    for xs, ws in zip(*(m.split(block, 1) for m in (x, dequantised)), strict=True):
         bound += xs.abs().amax(1, keepdim=True) / 254 * ws.abs().sum(1)
     worst = (torch.from_numpy(found) - expected).abs() / (bound * 1.01 + 1e-4)
     assert float(worst.max()) < 1
     # and by far better on average: the bound is no excuse for a wrong nibble
     error = np.square(found - expected.numpy()).mean() ** 0.5
-    assert error < 0.01 * float(expected.square().mean()) ** 0.5
+    assert error < 0.015 * float(expected.square().mean()) ** 0.5
 
 
 @both
@@ -154,7 +165,8 @@ def test_onnx_runtimes_gather_gives_the_dequantised_rows(bits: int, columns: int
     packed, scales, zeros = quantize(weights, bits)
     stored = packed.flatten(1).numpy()  # as QuantEmbedding shapes it
     ids = np.array([3, 0, 16, 3], np.int64)
-    attributes = {"bits": bits, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
+    block = block_of(columns, bits)
+    attributes = {"bits": bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
     constants = {"w": stored, "s": scales.numpy(), "z": zeros.numpy()}
     attributes["order"] = ["w", "ids", "s", "z"]
     found = run("GatherBlockQuantized", attributes, {"ids": ids}, constants)

@@ -31,7 +31,7 @@ from rtp_llm.export.checkpoint import Checkpoint, Weight  # noqa: E402
 from rtp_llm.export.decoder import Decoder, DecoderConfig, constants, ntk_tables  # noqa: E402
 from rtp_llm.export.graph import GraphPlan, Writer  # noqa: E402
 from rtp_llm.runtime.backends import Options, open_backend  # noqa: E402
-from rtp_llm.runtime.backends.onnx import OnnxBackend, pad  # noqa: E402
+from rtp_llm.runtime.backends.onnx import OnnxBackend, pad, scatter  # noqa: E402
 from rtp_llm.runtime.sequence import ImageSpan, Row, SamplingParams, Sequence  # noqa: E402
 from rtp_llm.runtime.step import Step, build_step  # noqa: E402
 
@@ -375,10 +375,11 @@ def decode_among(case: Case, others: list[tuple[int, int, int]]) -> np.ndarray:
     return run(backend, case.model, rows)[int(any(slot == 0 for slot, _, _ in others))]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name, drafts", [*((name, True) for name in CONFIGS), ("grouped", False)])
 def test_a_decode_is_the_same_to_the_bit_alone_and_beside_any_decodes_and_chunks(
-    name: str, cases: Callable[[str], Case]
+    name: str, drafts: bool, cases: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(OnnxBackend, "drafts", drafts)
     case = cases(name)
     alone = decode_among(case, [])
     decodes = [[(0, 5, 1)], [(0, 55, 1), (3, 7, 1)], [(0, 20, 1), (2, 50, 1), (3, 2, 1)]]
@@ -393,9 +394,11 @@ def test_tokens_give_the_same_bits_one_by_one_and_in_any_chunks(
 ) -> None:
     case, s = cases(name), sequence(60, 1, 7)
     found = []
+    drafts = name != "grouped"  # which has the same bits without
     # attention's tiles hold 2 · 16 tokens here: one of 33 would stand alone in a tile
     for sizes in ([1] * 40, [9] * 4 + [4], [2, 3, 5, 8, 1, 7, 6, 8], [33, 7], [40]):
         backend = case.backend()
+        backend.drafts = drafts
         feed(backend, case.model, dataclasses.replace(s, tokens=s.tokens[:20]))
         starts = np.cumsum([20, *sizes]).tolist()
         rows = zip(starts, sizes, strict=False)
@@ -464,8 +467,9 @@ def test_padding_puts_every_token_into_its_slots_cell() -> None:
         counts=[1, 4, 1],
         tables=[[], [], []],
     )
-    assert pad(step, slot_tokens=500)["query_seqlens"].tolist() == [1, 0, 4, 1]
-    inputs = pad(step, slot_tokens=500, drafts=True)
+    assert pad(step)["query_seqlens"].tolist() == [1, 0, 4, 1]
+    inputs = pad(step, twice=True)
+    inputs |= scatter(step, inputs, slot_tokens=500)
     grid = inputs["pad_rows"].reshape(4, 4)
     assert grid.tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [1, 2, 3, 4], [5, 5, 0, 0]]
     assert inputs["packed_rows"].tolist() == [0, 8, 9, 10, 11, 12]
