@@ -210,7 +210,7 @@ def test_pictures_that_do_not_fit_are_left_out(
 def test_the_decoders_work_is_read_off_its_graph(
     precision: str, llava_bundle: Path, sample_llava: Path, tmp_path: Path
 ) -> None:
-    """Against the checkpoint's own matrices, and the stored size of 4 bits in the largest blocks that divide a row."""
+    """Against the checkpoint's own matrices, and their size at 4 bits."""
     bundle = read(llava_bundle)
     if precision != "fp32":
         bundle = export(sample_llava, tmp_path / "bundle", precision=precision)
