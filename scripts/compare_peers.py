@@ -349,7 +349,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["int4", "int8", "fp32"], default="int4")
     parser.add_argument("--image", action="store_true", help="the whole LLaVA, one picture, one token")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--size", choices=["1b", "tiny"], default="1b")
+    parser.add_argument("--size", choices=["1b", "0.1b", "tiny"], default="1b")
     parser.add_argument("--prompt-tokens", type=int, default=576)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--streams", type=int, default=8)
