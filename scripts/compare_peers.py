@@ -73,7 +73,7 @@ PEERS = {
     ),
     "torchao": Peer(
         "transformers with torchao", "hf.py",
-        "weights alone at int4, inputs too at int8; embeddings in float32",
+        "eager, in bfloat16; the linear layers' weights at int4 or int8, neither embeddings nor the tower's",
         ("torch", "transformers", "torchao", "pillow"), writes=False,
     ),
     "transformers": Peer("transformers, float32", "hf.py", "eager", writes=False),
