@@ -64,7 +64,9 @@ PEERS = {
         ("llama-cpp-python", "gguf", "numpy"),
     ),
     "openvino": Peer(
-        "OpenVINO GenAI", "ov.py", "symmetric blocks of 32 at int4; continuous batching; its cache in 8 bits",
+        "OpenVINO GenAI", "ov.py",
+        "optimum-intel's defaults but symmetric blocks of 32 at int4; embeddings, head and tower in 8 bits; "
+        "computes in bfloat16 where the CPU has it, its cache in 8 bits; continuous batching",
         ("openvino-genai", "optimum-intel", "nncf", "accelerate"),
     ),
     "genai": Peer(

@@ -76,7 +76,7 @@ class Worker(Timed):
         config.do_sample = False
         start = time.perf_counter()
         pixels = ov.Tensor(np.array(Image.open(path).convert("RGB")))
-        self.pipeline.generate(f"<image>\n{text}", images=[pixels], generation_config=config)
+        self.pipeline.generate(f"<image>{text}", images=[pixels], generation_config=config)
         return {"picture": time.perf_counter() - start}
 
     def size(self) -> dict[str, int]:
