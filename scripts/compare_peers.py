@@ -64,7 +64,9 @@ PEERS = {
         ("llama-cpp-python", "gguf", "numpy"),
     ),
     "openvino": Peer(
-        "OpenVINO GenAI", "ov.py", "symmetric blocks of 32 at int4; continuous batching; its cache in 8 bits",
+        "OpenVINO GenAI", "ov.py",
+        "optimum-intel's defaults but symmetric blocks of 32 at int4; embeddings, head and tower in 8 bits; "
+        "computes in bfloat16 where the CPU has it, its cache in 8 bits; continuous batching",
         ("openvino-genai", "optimum-intel", "nncf", "accelerate"),
     ),
     "genai": Peer(
@@ -73,7 +75,7 @@ PEERS = {
     ),
     "torchao": Peer(
         "transformers with torchao", "hf.py",
-        "weights alone at int4, inputs too at int8; embeddings in float32",
+        "eager, in bfloat16; the linear layers' weights at int4 or int8, neither embeddings nor the tower's",
         ("torch", "transformers", "torchao", "pillow"), writes=False,
     ),
     "transformers": Peer("transformers, float32", "hf.py", "eager", writes=False),
@@ -349,7 +351,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["int4", "int8", "fp32"], default="int4")
     parser.add_argument("--image", action="store_true", help="the whole LLaVA, one picture, one token")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--size", choices=["1b", "tiny"], default="1b")
+    parser.add_argument("--size", choices=["1b", "0.1b", "tiny"], default="1b")
     parser.add_argument("--prompt-tokens", type=int, default=576)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--streams", type=int, default=8)

@@ -36,9 +36,9 @@ def make(folder: Path, size: str, seed: int = 0) -> None:
     """`size` of make_random_checkpoint.LLAVA."""
     shape = dict(LLAVA[size])
     clip = shape.pop("clip")
+    shape.setdefault("max_position_embeddings", 4096)
     text = LlamaConfig(
-        **shape, max_position_embeddings=4096, rms_norm_eps=1e-5, tie_word_embeddings=False,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        **shape, rms_norm_eps=1e-5, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**clip), text_config=text, image_token_index=shape["vocab_size"] - 1,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import openvino as ov
 import openvino_genai as genai
 from PIL import Image
 from protocol import Timed, serve
+from safetensors.torch import load_file, save_file
 
 WHOLE_PROMPT = 2**20  # tokens of a step; a prompt would be cut in pieces of 256 else
 
@@ -23,10 +25,22 @@ def prepare(folder: Path, precision: str, image: bool) -> None:
     if precision == "int4":
         weights += ["--sym", "--group-size", "32", "--ratio", "1.0"]
     program = Path(sys.executable).with_name("optimum-cli")
-    command = [program, "export", "openvino", "--model", folder / source, "--task", task, *weights]
     output = folder / f"openvino-{source}-{precision}"
     shutil.rmtree(output, ignore_errors=True)
-    subprocess.run([*command, output], check=True)
+    with tempfile.TemporaryDirectory(dir=folder) as copy:
+        if image:
+            rename_tower(folder / source, Path(copy))
+        checkpoint = copy if image else folder / source
+        command = [program, "export", "openvino", "--model", checkpoint, "--task", task, *weights]
+        subprocess.run([*command, output], check=True)
+
+
+def rename_tower(checkpoint: Path, copy: Path) -> None:
+    """The names that the transformers which optimum-intel wants knows: under others it makes up weights."""
+    shutil.copytree(checkpoint, copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    tensors = load_file(checkpoint / "model.safetensors")
+    names = {n: n.replace("vision_tower.", "vision_tower.vision_model.") for n in tensors}
+    save_file({names[n]: t for n, t in tensors.items()}, copy / "model.safetensors", {"format": "pt"})
 
 
 class Worker(Timed):
@@ -76,7 +90,7 @@ class Worker(Timed):
         config.do_sample = False
         start = time.perf_counter()
         pixels = ov.Tensor(np.array(Image.open(path).convert("RGB")))
-        self.pipeline.generate(f"<image>\n{text}", images=[pixels], generation_config=config)
+        self.pipeline.generate(f"<image>{text}", images=[pixels], generation_config=config)
         return {"picture": time.perf_counter() - start}
 
     def size(self) -> dict[str, int]:

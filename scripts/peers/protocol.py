@@ -55,7 +55,10 @@ def serve(worker: Any, prepare: Any, *packages: str) -> None:
     """
     command, folder, precision, *rest = sys.argv[1:]
     if command == "prepare":
-        prepare(Path(folder), precision, rest[0] == "1")
+        try:
+            prepare(Path(folder), precision, rest[0] == "1")
+        except NotImplementedError as e:
+            sys.exit(str(e))
         return
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print too

@@ -77,6 +77,18 @@ def test_who_dies_or_is_missing_is_reported_and_the_others_go_on(measured: list[
     }
 
 
+def test_who_cannot_be_prepared_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS / "peers"))
+    import protocol
+
+    def prepare(folder: Path, precision: str, image: bool) -> None:
+        raise NotImplementedError("it knows no pictures")
+
+    monkeypatch.setattr(sys, "argv", ["worker", "prepare", "folder", "int4", "1"])
+    with pytest.raises(SystemExit, match=r"^it knows no pictures$"):
+        protocol.serve(None, prepare)
+
+
 def test_the_report_has_the_ratio_of_each_round_s_pair(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "peers.md"
     compare("report", folder, "--output", str(output))
