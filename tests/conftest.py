@@ -20,6 +20,8 @@ from rtp_llm.errors import InternalError, MissingDependency
 from rtp_llm.export.bundle import Bundle
 from rtp_llm.runtime.tritonserver import binary
 
+from . import random_checkpoints
+
 ROOT = Path(__file__).resolve().parent.parent
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub, and a dead one is slow to notice
@@ -110,6 +112,12 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callab
         return folder
 
     return get
+
+
+@pytest.fixture(scope="session")
+def checkpoints(made_once: Callable[..., Path]) -> Path:
+    """Folders qwen_vl and llava, of random weights; shared, so not to be changed."""
+    return made_once("checkpoints", random_checkpoints.make)
 
 
 def _export(checkpoint: Path, output: Path) -> Bundle:
