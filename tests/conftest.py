@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,24 +56,15 @@ def red_circle() -> Path:
     return ROOT / "tests" / "images" / "red_circle.png"
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """For --dist loadgroup: a file's tests stay in one worker, unless they are marked with another group;
-    and with --no-loadscope-reorder groups with many slow tests come first."""
-    if not hasattr(config, "workerinput"):
-        return
-    slow: dict[str, int] = {}
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.location[0]))
-        slow[_group(item)] = slow.get(_group(item), 0) + bool(item.get_closest_marker("slow"))
-    items.sort(key=lambda item: -slow[_group(item)])
-
-
-def _group(item: pytest.Item) -> str:
-    mark = item.get_closest_marker("xdist_group")
-    assert mark
-    return str(mark.args[0])
+    """For pytest-xdist's loadfile without its own order, which does not know of slow tests: files that take
+    long come first."""
+    if hasattr(config, "workerinput"):
+        weight = Counter[str]()
+        for item in items:
+            weight[item.location[0]] += 20 if item.get_closest_marker("slow") else 1
+        items.sort(key=lambda item: -weight[item.location[0]])
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +84,7 @@ def _keep_registry(kind: Any) -> None:
         registry.functions = {name: list(known) for name, known in registry.functions.items()}
         return registry
 
-    kind.from_torchlib = from_torchlib
+    kind.from_torchlib = staticmethod(from_torchlib)
 
 
 @pytest.fixture(scope="session")

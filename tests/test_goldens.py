@@ -31,8 +31,7 @@ def _cases(*kinds: str) -> list[Any]:
     for name in SETS if FOLDER.is_dir() else ():
         for case in json.loads((FOLDER / name / "cases.json").read_text())["cases"]:
             if case["kind"] in kinds:
-                marks = pytest.mark.xdist_group(f"goldens {name}")
-                found.append(pytest.param(name, case, id=f"{name}-{case['name']}", marks=marks))
+                found.append(pytest.param(name, case, id=f"{name}-{case['name']}"))
     return found or [pytest.param("", {}, id="absent")]
 
 
@@ -195,18 +194,8 @@ def together(sets):
     return answers
 
 
-def _lowered() -> list[Any]:
-    """Each case with each lowering; sets that are exported alike stay in one of pytest-xdist's workers."""
-    found = []
-    for lowering in [name for name in LOWERINGS if name != "gqa"]:
-        for param in _cases("raw", "chat", "ids"):
-            group = f"goldens {param.values[0]} {LOWERINGS[lowering]['backend']}"
-            marks = pytest.mark.xdist_group(group)
-            found.append(pytest.param(*param.values, lowering, id=f"{param.id}-{lowering}", marks=marks))
-    return found
-
-
-@pytest.mark.parametrize(("name", "case", "lowering"), _lowered())
+@pytest.mark.parametrize("lowering", [name for name in LOWERINGS if name != "gqa"])
+@pytest.mark.parametrize(("name", "case"), _cases("raw", "chat", "ids"))
 def test_every_lowering_gives_the_reference_s_logits_and_tokens(
     sets, together, name, case, lowering, monkeypatch
 ):
@@ -329,9 +318,7 @@ def test_the_end_token_ends_the_answer(sets, name, case):
     assert response.batch_response[0].strip() == case["generated_text"].strip()
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.xdist_group(f"goldens {name}")) for name in SETS]
-)
+@pytest.mark.parametrize("name", SETS)
 def test_encode_and_decode_equal_the_checkpoint_s_own_tokenizer(sets, name):
     golden = sets(name)
     for case in golden.recorded["tokenizer_cases"]:

@@ -50,6 +50,8 @@ def linear(exported: dict[str, Path], tmp_path: Path) -> Path:
 @pytest.fixture
 def tensorrt(spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Recording:
     """The stand-in in place of `tensorrt`, on a machine with a GPU."""
+    import torch._dynamo  # noqa: F401  before it finds the stand-in, which it takes for a package
+
     recording = Recording(spec)
     monkeypatch.setitem(sys.modules, "tensorrt", recording.module)
     monkeypatch.setattr(trt, "gpu", lambda index=None: GPU)
