@@ -18,9 +18,8 @@ fi
 bin=.venv/bin
 $bin/ruff check .
 MYPYPATH=.types $bin/mypy -p rtp_llm
-if [ $# = 0 ]; then # two at once; those that measure times have the machine to themselves
-  alone=(tests/runtime/server tests/runtime/tritonserver tests/scripts)
-  OMP_NUM_THREADS=1 $bin/python -m pytest -q --durations=10 -n 2 --dist loadfile "${alone[@]/#/--ignore=}"
-  set -- "${alone[@]}"
+if [ $# = 0 ]; then # three at once on two cores, for many wait; then those that measure times, one by one
+  OMP_NUM_THREADS=1 $bin/python -m pytest -q --durations=10 -m "not alone" -n 3 --dist loadfile --no-loadscope-reorder
+  set -- -m alone
 fi
 $bin/python -m pytest -q --durations=10 "$@"

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import atexit
+import copy
+import fcntl
+import functools
 import os
 import shutil
+import sys
 import tempfile
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rtp_llm.errors import InternalError, MissingDependency
 from rtp_llm.export.bundle import Bundle
 from rtp_llm.runtime.tritonserver import binary
+
+from . import random_checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,6 +56,65 @@ def red_circle() -> Path:
     return ROOT / "tests" / "images" / "red_circle.png"
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """For pytest-xdist's loadfile without its own order, which does not know of slow tests: files that take
+    long come first."""
+    if hasattr(config, "workerinput"):
+        weight = Counter[str]()
+        for item in items:
+            weight[item.location[0]] += 20 if item.get_closest_marker("slow") else 1
+        items.sort(key=lambda item: -weight[item.location[0]])
+
+
+@pytest.fixture(autouse=True)
+def one_registry() -> None:
+    """torch.onnx makes its registry of functions anew for every graph, a sixth of the time of a small export:
+    here, once a process, from the second export on."""
+    if found := sys.modules.get("torch.onnx._internal.exporter._registration"):
+        _keep_registry(found.ONNXRegistry)
+
+
+@functools.cache
+def _keep_registry(kind: Any) -> None:
+    make = functools.cache(kind.from_torchlib)
+
+    def from_torchlib(*args: Any, **more: Any) -> Any:
+        registry = copy.copy(make(*args, **more))
+        registry.functions = {name: list(known) for name, known in registry.functions.items()}
+        return registry
+
+    kind.from_torchlib = staticmethod(from_torchlib)
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """(name, make) → a folder that make(folder) filled, in whichever of pytest-xdist's workers came first;
+    shared, so not to be changed."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def get(name: str, make: Callable[[Path], object]) -> Path:
+        folder = base / "once" / name
+        folder.parent.mkdir(exist_ok=True)
+        with open(folder.with_name(f"{name}.lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                half = folder.with_name(f"{name}.half")
+                shutil.rmtree(half, ignore_errors=True)
+                make(half)
+                half.rename(folder)
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def checkpoints(made_once: Callable[..., Path]) -> Path:
+    """Folders qwen_vl and llava, of random weights; shared, so not to be changed."""
+    return made_once("checkpoints", random_checkpoints.make)
+
+
 def _export(checkpoint: Path, output: Path) -> Bundle:
     from rtp_llm.export.exporter import export
 
@@ -54,15 +122,15 @@ def _export(checkpoint: Path, output: Path) -> Bundle:
 
 
 @pytest.fixture(scope="session")
-def qwen_bundle(sample_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def qwen_bundle(sample_qwen: Path, made_once: Callable[..., Path]) -> Path:
     """The Qwen-VL sample as a float32 bundle; shared, so not to be changed."""
-    return _export(sample_qwen, tmp_path_factory.mktemp("bundles") / "qwen").path
+    return made_once("qwen", functools.partial(_export, sample_qwen))
 
 
 @pytest.fixture(scope="session")
-def llava_bundle(sample_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def llava_bundle(sample_llava: Path, made_once: Callable[..., Path]) -> Path:
     """The LLaVA sample as a float32 bundle; shared, so not to be changed."""
-    return _export(sample_llava, tmp_path_factory.mktemp("bundles") / "llava").path
+    return made_once("llava", functools.partial(_export, sample_llava))
 
 
 @pytest.fixture(scope="session")

@@ -383,9 +383,9 @@ def test_batch_sees(qwen_bundle: Path, red_circle: Path, tmp_path: Path) -> None
 
 
 def test_export_is_not_done_twice(
-    sample_qwen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoints: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    args = ["export", "--checkpoint", str(sample_qwen), "--output", str(tmp_path / "b")]
+    args = ["export", "--checkpoint", str(checkpoints / "llava"), "--output", str(tmp_path / "b")]
     assert cli.main(args) == 0
     out, err = capsys.readouterr()
     assert out == f"{tmp_path / 'b'}\n" and "tracing" in err

@@ -475,20 +475,20 @@ def test_the_loss_of_a_prompt_with_an_image_equals_transformers(goldens, tmp_pat
 # ----------------------------------------------------------------------------------------- factory
 
 
-def test_a_checkpoint_is_exported_once_and_opened_from_the_cache(sample_qwen, tmp_path, monkeypatch):
+def test_a_checkpoint_is_exported_once_and_opened_from_the_cache(checkpoints, tmp_path, monkeypatch):
     monkeypatch.setenv("RTP_LLM_CACHE", str(tmp_path))
-    first = ModelFactory.from_huggingface(sample_qwen).bundle
+    first = ModelFactory.from_huggingface(checkpoints / "qwen_vl").bundle
     stamp = (first.path / "bundle.json").stat().st_mtime_ns
-    again = ModelFactory.from_huggingface(str(sample_qwen)).bundle
+    again = ModelFactory.from_huggingface(str(checkpoints / "qwen_vl")).bundle
     assert again.path == first.path and tmp_path in again.path.parents
     assert (again.path / "bundle.json").stat().st_mtime_ns == stamp
 
 
-def test_create_from_env_reads_the_tutorial_s_variables(sample_qwen, tmp_path, monkeypatch):
+def test_create_from_env_reads_the_tutorial_s_variables(checkpoints, tmp_path, monkeypatch):
     monkeypatch.setenv("RTP_LLM_CACHE", str(tmp_path))
     monkeypatch.setenv("MODEL_TYPE", "qwen_vl")
-    monkeypatch.setenv("CHECKPOINT_PATH", str(sample_qwen))
-    monkeypatch.setenv("TOKENIZER_PATH", str(sample_qwen))
+    monkeypatch.setenv("CHECKPOINT_PATH", str(checkpoints / "qwen_vl"))
+    monkeypatch.setenv("TOKENIZER_PATH", str(checkpoints / "qwen_vl"))
     monkeypatch.setenv("MAX_SEQ_LEN", "600")
     model = ModelFactory.create_from_env()
     assert model.bundle.model.family == "qwen_vl"

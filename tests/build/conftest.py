@@ -83,18 +83,19 @@ def bindings(request: pytest.FixtureRequest) -> Bindings:
 
 
 @pytest.fixture(scope="session")
-def float32_engine_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+def float32_engine_bundle(made_once: Callable[..., Path]) -> Callable[[str, str], Path]:
     """(sample, "paged" or "linear") → its bundle for TensorRT in float32; shared, so not to be changed."""
 
-    @functools.cache
-    def export(sample: str, kv_cache: str) -> Path:
-        from rtp_llm.export.exporter import export
+    def get(sample: str, kv_cache: str) -> Path:
+        def make(folder: Path) -> None:
+            from rtp_llm.export.exporter import export
 
-        checkpoint = Path(__file__).parent.parent / "checkpoints" / sample
-        output = tmp_path_factory.mktemp("engines") / f"{sample}-{kv_cache}"
-        return export(checkpoint, output, backend="tensorrt", kv_cache=kv_cache, precision="fp32").path
+            checkpoint = Path(__file__).parent.parent / "checkpoints" / sample
+            export(checkpoint, folder, backend="tensorrt", kv_cache=kv_cache, precision="fp32")
 
-    return export
+        return made_once(f"{sample}-tensorrt-{kv_cache}", make)
+
+    return get
 
 
 @functools.cache

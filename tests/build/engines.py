@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,6 @@ from rtp_llm import trt
 from .recording import COLLECT, Recording
 
 GPU = trt.Gpu("NVIDIA Test 9", "9.0", 80 * 2**30)
-_exported: dict[str, Path] = {}
 
 
 @pytest.fixture(scope="session")
@@ -24,16 +25,16 @@ def spec(bindings: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def exported(sample_qwen: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def exported(sample_qwen: Path, made_once: Callable[..., Path]) -> dict[str, Path]:
     """The Qwen-VL sample for TensorRT in float32: "paged" and "linear"; shared, so not to be changed."""
-    from rtp_llm.export.exporter import export
 
-    if not _exported:  # two folders of tests have this fixture
-        folder = tmp_path_factory.mktemp("tensorrt")
-        for kv in ("paged", "linear"):
-            made = export(sample_qwen, folder / kv, backend="tensorrt", precision="fp32", kv_cache=kv)
-            _exported[kv] = made.path
-    return _exported
+    def make(kv: str, folder: Path) -> None:
+        from rtp_llm.export.exporter import export
+
+        export(sample_qwen, folder, backend="tensorrt", precision="fp32", kv_cache=kv)
+
+    kinds = ("paged", "linear")
+    return {kv: made_once(f"qwen_vl_shapes-tensorrt-{kv}", functools.partial(make, kv)) for kv in kinds}
 
 
 @pytest.fixture
@@ -49,6 +50,8 @@ def linear(exported: dict[str, Path], tmp_path: Path) -> Path:
 @pytest.fixture
 def tensorrt(spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Recording:
     """The stand-in in place of `tensorrt`, on a machine with a GPU."""
+    import torch._dynamo  # noqa: F401  before it finds the stand-in, which it takes for a package
+
     recording = Recording(spec)
     monkeypatch.setitem(sys.modules, "tensorrt", recording.module)
     monkeypatch.setattr(trt, "gpu", lambda index=None: GPU)

@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import threading
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -350,6 +351,7 @@ def test_an_interrupted_build_stops_tensorrt_and_leaves_the_bundle_as_it_was(
 
     def press(p: Progress) -> None:
         if p.total:
+            time.sleep(0.2)  # the main thread waits by then; a pool joins no thread that it is starting
             os.kill(os.getpid(), signal.SIGINT)
             stopped.append(held[0].wait(10))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import re
@@ -37,31 +36,9 @@ from rtp_llm.export.decoder import Decoder
 from rtp_llm.export.exporter import Progress, StderrProgress, export
 from rtp_llm.export.families import FAMILIES, Options, Plan
 
+from ..random_checkpoints import script
+
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's /proc and /dev")
-
-
-def script() -> Any:
-    """scripts/make_random_checkpoint.py, with one layer in its tiny decoders."""
-    file = Path(__file__).parents[2] / "scripts" / "make_random_checkpoint.py"
-    spec = importlib.util.spec_from_file_location("make_random_checkpoint", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    for table in (module.QWEN, module.LLAVA):
-        table["tiny"]["num_hidden_layers"] = 1
-    module.QWEN["tiny"]["visual"]["layers"] = 1
-    module.LLAVA["tiny"]["clip"]["num_hidden_layers"] = 2
-    return module
-
-
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders qwen_vl and llava; shared, so not to be changed."""
-    folder = tmp_path_factory.mktemp("random")
-    for name, make in script().MODELS.items():
-        (folder / name).mkdir()
-        make(folder / name, "tiny", 0, quiet=True)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -618,13 +595,17 @@ def test_torchscript_tells_of_its_bytes_to_the_last(sample_qwen: Path, tmp_path:
     assert {p.text.split()[0] for p in counted} >= {"vision", "decoder"}
 
 
-def test_calibration_data_that_changed_is_another_export(sample_llava: Path, tmp_path: Path):
+def test_calibration_data_that_changed_is_another_export(checkpoints: Path, tmp_path: Path):
     data, options = tmp_path / "data.jsonl", {"backend": "tensorrt", "precision": "int8"}
     said: list[str] = []
-    for prompt in ("Hello", "Hello", "world"):
+
+    def run(prompt: str, listen: Any = lambda p: said.append(p.text)) -> None:
         data.write_text(json.dumps({"prompt": prompt}))
-        listen = lambda p: said.append(p.text)  # noqa: E731
-        export(sample_llava, tmp_path / "b", **options, calibration=data, progress=listen)
-        said.append("--")
-    runs = " ".join(said).split("--")
-    assert ["already the export" in run for run in runs[:3]] == [False, True, False]
+        export(checkpoints / "llava", tmp_path / "b", **options, calibration=data, progress=listen)
+
+    run("Hello")
+    assert not any("already the export" in line for line in said)
+    run("Hello")
+    assert "already the export" in said[-1]
+    with pytest.raises(Traced):
+        run("world", until_tracing)

@@ -32,7 +32,8 @@ from rtp_llm.export.target import target
 from rtp_llm.export.verify import verify
 from rtp_llm.runtime.backends import Options as RunOptions
 
-from .test_exporter import Traced, first_logits, refused, script, until_tracing
+from ..random_checkpoints import script
+from .test_exporter import Traced, first_logits, refused, until_tracing
 
 Arrays = dict[str, np.ndarray]
 LINEAR = ("c_attn", "c_proj", "w1", "w2", *(f"{x}_proj" for x in ("q", "k", "v", "o", "gate", "up", "down")))

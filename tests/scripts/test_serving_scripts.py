@@ -33,6 +33,7 @@ def load(name: str) -> ModuleType:
         sys.path.remove(str(SCRIPTS))
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_under_load_every_answer_is_the_one_given_alone_and_nothing_is_left_behind(
     llava_bundle: Path, tmp_path: Path
@@ -57,6 +58,7 @@ def triton_cache(monkeypatch: pytest.MonkeyPatch, triton_binary: Any) -> None:
     monkeypatch.setenv("RTP_LLM_CACHE", str(triton_binary.path.parents[4].parent))
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_triton_gets_the_same_load_and_is_measured_beside(
     llava_bundle: Path, tmp_path: Path, triton_cache: None
@@ -75,6 +77,7 @@ def test_triton_gets_the_same_load_and_is_measured_beside(
     assert "|  | HTTP server | Triton |" in page and "of the HTTP server's" in page
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_leaks_of_triton_are_those_of_all_its_processes(
     llava_bundle: Path, tmp_path: Path, triton_cache: None
@@ -88,6 +91,7 @@ def test_leaks_of_triton_are_those_of_all_its_processes(
     assert "Leaks of Triton" in (tmp_path / "leaks.md").read_text()
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_the_ratios_are_measured(llava_bundle: Path, tmp_path: Path) -> None:
     short = ["--pairs", "1", "--streams", "2", "--new-tokens", "64"]
@@ -101,6 +105,7 @@ def test_the_ratios_are_measured(llava_bundle: Path, tmp_path: Path) -> None:
     assert "| second |" in (tmp_path / "ratios.md").read_text()
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_the_leak_test_counts_and_measures(llava_bundle: Path, tmp_path: Path) -> None:
     short = ["--requests", "120", "--warm-up", "60", "--output", str(tmp_path / "leaks.md")]

@@ -18,7 +18,6 @@ pytest.importorskip("onnxruntime")
 from rtp_llm.errors import BundleError, MissingDependency, UserError, VisionGraphMissing  # noqa: E402
 from rtp_llm.export import bundle as bundles  # noqa: E402
 from rtp_llm.export.bundle import Bundle  # noqa: E402
-from rtp_llm.export.exporter import export  # noqa: E402
 from rtp_llm.pipeline import Pipeline  # noqa: E402
 from rtp_llm.runtime.backends.onnx import OnnxBackend  # noqa: E402
 from rtp_llm.runtime.backends.onnx_paged import OnnxPagedBackend  # noqa: E402
@@ -47,9 +46,9 @@ def qwen(exported: dict[str, Path], qwen_bundle: Path, red_circle: Path, tmp_pat
 
 
 @pytest.fixture(scope="module")
-def llava(sample_llava: Path, llava_bundle: Path, red_circle: Path, tmp_path_factory: Any) -> Both:
-    paged = tmp_path_factory.mktemp("llava") / "paged"
-    export(sample_llava, paged, backend="tensorrt", precision="fp32")
+def llava(float32_engine_bundle: Any, llava_bundle: Path, red_circle: Path, tmp_path_factory: Any) -> Both:
+    shared = float32_engine_bundle("llava_shapes", "paged")
+    paged = shutil.copytree(shared, tmp_path_factory.mktemp("llava") / "paged")
     return Both(paged, llava_bundle, red_circle.parent)
 
 

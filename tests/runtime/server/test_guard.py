@@ -289,6 +289,7 @@ def test_a_crowd_is_told_429_and_when_to_come_back(serve, model, until, long):
 JSON = {"Content-Type": "application/json"}
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "bomb",
     ['{"user":[' + "[]," * (4 << 20) + "[]]}", '{"prompt":"hi","urls":[' + "1," * 900_000 + "1]}",
@@ -309,6 +310,7 @@ def test_others_are_answered_while_a_body_of_a_million_values_is_refused(server,
         assert all(one.result().status_code == 400 for one in refused)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_others_are_answered_while_the_largest_answer_is_written(server):
     rows = 4_000_000 // server.pipeline.model.bundle.model.vocab_size
@@ -441,6 +443,7 @@ def test_who_leaves_while_its_picture_is_fetched_is_let_go_at_once(serve, model,
             assert running.chat("hi", max_tokens=1).status_code == 200
 
 
+@pytest.mark.alone
 def test_a_prompt_that_fails_ends_its_batch_and_places_are_held_until_threads_are_back(
     serve, model, until, monkeypatch
 ):
