@@ -140,6 +140,8 @@ class GraphPlan:
             kind = quantised if len(weight.parts[0][1]) == 2 else "fp32"
             if kind in ("fp8", "rows", "qdq") and name in ("embed.weight", "head.weight"):
                 kind = "bf16"
+            if kind == "int4" and name == "embed.weight" and self.kind == "cpu":
+                kind = "int8"
             own = alike(weight) if kind == "int4" else None
             size += elements * (0.5 + 4.5 / own.block if isinstance(own, Int4) else per_weight[kind])
         return int(size) + sum(t.nbytes for t in self.constants.values())

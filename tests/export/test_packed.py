@@ -317,8 +317,8 @@ def halved(plan: Plan) -> Decoder:
     decoder = Decoder(plan.decoder).eval().requires_grad_(False)
     for name, weight in plan.decoder_weights.items():
         rows = weight.read()
-        if name in ("embed.weight", "head.weight"):
-            rows = dequantize(*quantize(rows, 4), rows.shape[1], 4)
+        if bits := {"embed.weight": 8, "head.weight": 4}.get(name):
+            rows = dequantize(*quantize(rows, bits), rows.shape[1], bits)
         decoder.get_parameter(name).copy_(rows)
     return decoder
 
