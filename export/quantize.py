@@ -168,8 +168,8 @@ class Parts(nn.Module):
 
 class QuantEmbedding(_Quantized):
     """com.microsoft.GatherBlockQuantized. 8 bits at any precision: rows are looked up, so that more bits
-    cost no time, and hardly any memory in a mapped file. With a table of 4 bits the logits of a random model of
-    a billion have a cosine of 0.703 with float32's, with this one 0.749.
+    cost no time, and hardly any memory in a mapped file. With a table of 4 bits the logits of a random
+    model of a billion have a cosine of 0.703 with float32's, with this one 0.749.
     """
 
     def __init__(self, embedding: nn.Embedding):
