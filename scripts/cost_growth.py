@@ -110,6 +110,10 @@ def measure(path: str, prompt: int, batch: int = 1, images: int = 0, new_tokens:
         if failed := [a for a in answers if isinstance(a, Exception)]:
             raise failed[0]
         full = [end for end, rows, tokens in watch.steps if rows == tokens == batch]
+        if len(full) < 2:  # tiny answers, of which one had ended before the other began
+            if time.monotonic() > until + 60:
+                raise RuntimeError(f"{batch} answers of {new_tokens} tokens never ran side by side")
+            continue
         first = max(end for end, rows, tokens in watch.steps if tokens > rows)
         step = float(np.median(np.diff(full)))
         windows = (began, first), (full[0], full[-1])

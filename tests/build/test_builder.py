@@ -338,7 +338,7 @@ def test_a_second_export_keeps_the_engines_unless_it_asks_for_others(
 
 @once
 def test_an_interrupted_build_stops_tensorrt_and_leaves_the_bundle_as_it_was(
-    paged: Path, tensorrt: Recording, monkeypatch: pytest.MonkeyPatch
+    paged: Path, tensorrt: Recording, monkeypatch: pytest.MonkeyPatch, ctrl_c: None
 ) -> None:
     build(paged)
     before = listing(paged)

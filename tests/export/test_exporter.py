@@ -288,7 +288,7 @@ def test_output_is_named_after_checkpoint_backend_and_precision(
 # -------------------------------------------------------------------------------------------- failures
 
 
-def test_ctrl_c_in_the_middle_leaves_nothing(checkpoints: Path, tmp_path: Path):
+def test_ctrl_c_in_the_middle_leaves_nothing(checkpoints: Path, tmp_path: Path, ctrl_c: None):
     def interrupt(p: Progress) -> None:
         if p.done > 20_000:
             signal.raise_signal(signal.SIGINT)
