@@ -145,6 +145,12 @@ def _onnxruntime(gpu: str | None) -> Check:
         return Check("onnxruntime", BROKEN, why, "pip install onnxruntime (or onnxruntime-gpu)")
     import onnxruntime
 
+    from .runtime.backends.onnx import import_onnxruntime
+
+    try:
+        import_onnxruntime()
+    except MissingDependency as e:
+        return Check("onnxruntime", BROKEN, *str(e).split(": ", 1))
     providers = [p.removesuffix("ExecutionProvider") for p in onnxruntime.get_available_providers()]
     found = f"{onnxruntime.__version__}, providers {', '.join(providers)}"
     if gpu and "CUDA" not in providers:

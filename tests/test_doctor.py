@@ -49,6 +49,13 @@ def test_two_onnx_runtimes_clash(monkeypatch: pytest.MonkeyPatch) -> None:
     assert check.fix.endswith("pip install onnxruntime-gpu")
 
 
+def test_an_onnx_runtime_that_is_too_old_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxruntime.__version__", "1.24.4")
+    check = _by_name(monkeypatch)["onnxruntime"]
+    assert (check.status, check.fix.split(" (")[0]) == (BROKEN, "pip install -U onnxruntime")
+    assert "1.24.4 is installed, 1.32 or newer is needed" in check.found
+
+
 def test_missing_and_broken_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     checks = _by_name(monkeypatch, "PIL", "onnx", "onnxruntime", torch=None)
     assert (checks["packages"].status, checks["packages"].fix) == (BROKEN, "pip install pillow")

@@ -38,12 +38,19 @@ if TYPE_CHECKING:
 
 
 def import_onnxruntime() -> Any:
+    """Raises MissingDependency where it is not installed, or older than the operators of our graphs."""
     try:
         import onnxruntime
     except ImportError as e:
         raise MissingDependency(
             "ONNX Runtime is not installed: pip install onnxruntime (or onnxruntime-gpu)"
         ) from e
+    major, minor = onnxruntime.__version__.split(".")[:2]
+    if (int(major), int(minor)) < (1, 32):  # the first whose attention takes rows of several lengths
+        raise MissingDependency(
+            f"ONNX Runtime {onnxruntime.__version__} is installed, 1.32 or newer is needed: "
+            "pip install -U onnxruntime (or onnxruntime-gpu)"
+        )
     return onnxruntime
 
 

@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 
-from rtp_llm.errors import BundleError, UserError, VisionGraphMissing  # noqa: E402
+from rtp_llm.errors import BundleError, MissingDependency, UserError, VisionGraphMissing  # noqa: E402
 from rtp_llm.export import bundle as bundles  # noqa: E402
 from rtp_llm.export.attention import Eager, Gqa, Graph, specs  # noqa: E402
 from rtp_llm.export.bundle import (  # noqa: E402
@@ -446,6 +446,14 @@ def test_a_damaged_graph_is_an_error_that_names_its_file(
     (tmp_path / "decoder.onnx").write_bytes(b"not a graph")
     with pytest.raises(BundleError, match="decoder.onnx cannot be opened"):
         OnnxBackend(bundle)
+
+
+def test_an_onnx_runtime_that_is_too_old_is_told_what_is_needed(
+    cases: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onnxruntime.__version__", "1.31.2")
+    with pytest.raises(MissingDependency, match="1.31.2 is installed, 1.32 or newer is needed: pip"):
+        OnnxBackend(cases("qwen_vl").bundle)
 
 
 def test_a_bundles_own_backend_is_opened(cases: Callable[[str], Case]) -> None:
