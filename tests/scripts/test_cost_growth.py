@@ -72,6 +72,7 @@ def test_attentions_operations_are_those_that_torch_counts() -> None:
     assert cost_growth.attention_flops(tokens, model) == 2 * counter.get_total_flops()
 
 
+@pytest.mark.alone
 def test_a_point_counts_its_tokens_and_accounts_for_all_of_its_time(tiny: Path) -> None:
     call = {"path": str(tiny), "prompt": 40, "batch": 2, "images": 3}
     found = cost_growth.child(call)

@@ -270,6 +270,7 @@ def test_a_step_reads_all_weights_once_and_the_keys_and_values_of_each_answer(sc
     ours.stop()
 
 
+@pytest.mark.alone
 def test_prompts_arrive_when_the_poisson_process_says(script: ModuleType) -> None:
     models, serving = sys.modules["gpu_models"], sys.modules["gpu_serving"]
     many = serving.arrivals(4000, 8.0)
