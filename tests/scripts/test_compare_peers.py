@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.alone  # streams must meet
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 # it loads, and ends when it is asked
 DYING = """#!/bin/sh
@@ -40,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     python.write_text(DYING)
     python.chmod(0o755)
     words = ["--size", "tiny", "--precision", "fp32", "--rounds", "2"]
-    short = ["--prompt-tokens", "24", "--new-tokens", "64", "--streams", "3"]
+    short = ["--prompt-tokens", "24", "--new-tokens", "256", "--streams", "3"]
     compare("run", folder, *words, *short, "--only", "ours", "genai", "openvino", "transformers")
     compare("run", folder, *words, *short, "--image", "--only", "ours", "transformers")
     return folder
