@@ -211,10 +211,10 @@ class GraphPlan:
             value.const_value = None  # fake
         fold_constants(model, onnx_shape_inference=False, input_size_limit=64, output_size_limit=64)
         passes.CommonSubexpressionEliminationPass()(model)
-        passes.RemoveUnusedNodesPass()(model)
-        passes.ClearMetadataAndDocStringPass()(model)  # stack traces, with this machine's paths
         if self.kind == "cpu":
             self._join(model)
+        passes.RemoveUnusedNodesPass()(model)
+        passes.ClearMetadataAndDocStringPass()(model)  # stack traces, with this machine's paths
         self._cast_bytes_first(model)
         self._name_dimensions(model)
         return model, stored
@@ -245,7 +245,6 @@ class GraphPlan:
                 )
                 model.graph.insert_before(before, both)
                 replace((node.outputs[0], before.outputs[0]), (normed, summed))
-        ir.passes.common.RemoveUnusedNodesPass()(model)
 
     def _cast_bytes_first(self, model: ir.Model) -> None:
         """TensorRT lets a uint8 input into a Cast and nothing else: its sizes are read off the floats."""

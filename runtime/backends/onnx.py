@@ -102,6 +102,7 @@ class OnnxBackend:
 
     def _session(self, graph: str) -> ort.InferenceSession:
         ort = import_onnxruntime()
+        self._value = ort.OrtValue.ortvalue_from_numpy
         spec = self.bundle.graphs[graph]
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
@@ -154,7 +155,7 @@ class OnnxBackend:
             assert self._decoder is not None
             binding = self._decoder.io_binding()
             for past, news, _, array in self._caches:
-                value = import_onnxruntime().OrtValue.ortvalue_from_numpy(array[low:high])
+                value = self._value(array[low:high])
                 binding.bind_ortvalue_input(past, value)
                 for new in news:
                     binding.bind_ortvalue_output(new, value)
@@ -192,7 +193,7 @@ class OnnxBackend:
             if spec.name in feeds:
                 binding.bind_cpu_input(spec.name, feeds[spec.name])
         logits = np.empty((len(step.logits_rows), self.bundle.model.vocab_size), np.float32)
-        value = import_onnxruntime().OrtValue.ortvalue_from_numpy(logits)
+        value = self._value(logits)
         binding.bind_ortvalue_output("logits", value)
         assert self._decoder is not None
         self._decoder.run_with_iobinding(binding)

@@ -112,12 +112,12 @@ def test_a_clients_deadline(server):
         def whole() -> None:
             with pytest.raises(InferenceServerException, match="Deadline"):
                 values = {"text_input": "hi", "sampling_parameters": LONG}
-                client.infer("vlm_complete", tensors(grpc, values), client_timeout=2)
+                client.infer("vlm_complete", tensors(grpc, values), client_timeout=0.5)
 
         waiting = threading.Thread(target=whole)
         waiting.start()
         gives_back(server, waiting.join)
-    one = Stream(server, stream_timeout=2)
+    one = Stream(server, stream_timeout=0.5)
     one.ask("one", text_input="hi", sampling_parameters=LONG)
     running(server)
 
@@ -141,7 +141,7 @@ def test_a_time_limit_of_the_request(server):
 def test_stop_ends_the_request_of_the_same_id_and_no_other(server):
     with stream(server) as one, stream(server) as other:
         one.ask("mine", text_input="hi", sampling_parameters=LONG)
-        one.ask("yours", text_input="hi", sampling_parameters=LONG | {"max_new_tokens": 1000})
+        one.ask("yours", text_input="hi", sampling_parameters=LONG)
         running(server, 2)
         other.ask("mine", stop=True)
         result, final = other.next()
@@ -151,7 +151,7 @@ def test_stop_ends_the_request_of_the_same_id_and_no_other(server):
             while True:
                 _, ended = one.next()
                 assert not ended
-        until(lambda: metric(server, "rtp_llm_sequences_running") <= 1, 1)
+        until(lambda: metric(server, "rtp_llm_sequences_running") == 1, 1)
         result, _ = one.next()
         assert np.any(result.as_numpy("token_ids") >= 0), "yours goes on"
         other.ask("nobody's", stop=True)

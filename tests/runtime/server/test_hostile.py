@@ -26,9 +26,11 @@ import pytest
 from rtp_llm.runtime import download, media
 from rtp_llm.tests.runtime.test_media_hostile import BAD, GOOD
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about damaged EXIF
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # Pillow's, about damaged EXIF
+    pytest.mark.alone,  # what is held is counted, and times are short
+]
 
-pytestmark = pytest.mark.alone  # what is held is counted, and times are short
 HOST = b"Host: localhost\r\n"
 TYPE = b"Content-Type: application/json\r\n"
 HI = json.dumps({"prompt": "hi", "max_new_tokens": 1}).encode()
@@ -185,7 +187,6 @@ def data_uri(data: bytes, kind: str = "image/png") -> str:
 # ------------------------------------------------------------------------------------- slow readers
 
 
-@pytest.mark.alone
 @pytest.mark.slow
 def test_512_idle_slow_readers_take_no_memory_and_no_time_from_others(hostile, until):
     crowd = 512
@@ -291,7 +292,6 @@ def pictures() -> Iterator[str]:
 MEDIA = {"allowed_media_domains": ("localhost",), "allowed_media_cidrs": ("127.0.0.0/8", "::1/128")}
 
 
-@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize("reset", [False, True], ids=["FIN", "RST"])
 def test_who_vanishes_at_any_point_leaves_nothing_behind(hostile, pictures, long, reset):
@@ -332,7 +332,6 @@ def test_who_vanishes_at_any_point_leaves_nothing_behind(hostile, pictures, long
         pool.shutdown()
 
 
-@pytest.mark.alone
 def test_who_pipelines_and_leaves_is_noticed_at_once(hostile, until, long):
     """A server that reads no further than the next request sees nobody go."""
     with hostile() as running:
@@ -363,7 +362,6 @@ def test_who_pipelines_without_end_is_not_read_without_end(hostile, until, long)
 # --------------------------------------------------------------------------------- half and crooked
 
 
-@pytest.mark.alone
 def test_hundreds_of_half_sent_requests_stop_nobody_and_are_told_408(hostile):
     whole = post("/", HI)
     halves = [whole[: i * len(whole) // 300] for i in range(300)]
@@ -568,7 +566,6 @@ def wild(rng: random.Random, uris: list[str]) -> dict[str, Any]:
     return body | {rng.choice(FIELDS): rng.choice(VALUES) for _ in range(rng.choice([0, 0, 1, 1, 2, 4]))}
 
 
-@pytest.mark.alone
 @pytest.mark.slow
 def test_a_storm_of_right_and_wrong_requests_passes(hostile, pictures):
     uris = [f"{pictures}/0.05", "http://169.254.169.254/", *ODD_URIS.values(),
