@@ -272,14 +272,14 @@ def test_coroutines_give_the_same_answers_and_share_the_batch(pipeline, red_circ
 
 
 def test_leaving_an_iterator_frees_its_cache(pipeline):
-    for _ in pipeline("Hello", max_new_tokens=1000, ignore_eos=True):
+    for _ in pipeline("Hello", max_new_tokens=6000, ignore_eos=True):
         break
     assert engine_is_empty(pipeline)
 
 
 def test_leaving_an_async_iterator_frees_its_cache(pipeline):
     async def leave() -> None:
-        answers = pipeline.pipeline_async("Hello", max_new_tokens=1000, ignore_eos=True)
+        answers = pipeline.pipeline_async("Hello", max_new_tokens=6000, ignore_eos=True)
         await anext(answers)
         await answers.aclose()
 

@@ -21,7 +21,7 @@ from rtp_llm.pipeline import Pipeline
 from rtp_llm.runtime.tritonserver.launch import Tritonserver
 
 SECONDS = 60.0  # no call of a test takes so long
-LONG = {"ignore_eos": True, "max_new_tokens": 4000}  # seconds of tokens, for who means to interrupt
+LONG = {"ignore_eos": True, "max_new_tokens": 8000}  # seconds of tokens, for who means to interrupt
 TYPES = {
     np.dtype(object): "BYTES", np.dtype(bool): "BOOL",
     np.dtype(np.float32): "FP32", np.dtype(np.int64): "INT64",

@@ -63,14 +63,14 @@ def test_a_grpc_stream_that_is_stopped(server):
 
 def test_one_stopped_stream_leaves_the_others_running(server):
     with stream(server) as stays:
-        stays.ask("stays", text_input="hi", sampling_parameters=LONG | {"max_new_tokens": 1500})
+        stays.ask("stays", text_input="hi", sampling_parameters=LONG | {"max_new_tokens": 4000})
         goes = Stream(server)
         for i in range(4):
             goes.ask(str(i), text_input="hi", sampling_parameters=LONG)
         running(server, 5)
         goes.close(cancel=True)
         until(lambda: metric(server, "rtp_llm_sequences_running") == 1, 1)
-        assert len(stays.all(1)["stays"].ids[0]) == 1500
+        assert len(stays.all(1)["stays"].ids[0]) == 4000
 
 
 def test_an_http_stream_that_is_left(server):

@@ -28,7 +28,7 @@ from .calls import until
 IMAGES = Path(__file__).parents[1] / "images"
 RED, STAR = IMAGES / "red_circle.png", IMAGES / "blue_star.png"
 WHAT = "Picture 1:<img/>\nWhat is this?"
-LONG = {"max_new_tokens": 3000, "ignore_eos": True}
+LONG = {"max_new_tokens": 8000, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")

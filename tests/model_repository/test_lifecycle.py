@@ -130,8 +130,8 @@ def test_a_killed_process_is_told_and_the_next_load_works(server, client):
 
 def test_sigterm_lets_running_streams_finish(serve, qwen_bundle):
     server = serve(qwen_bundle, own=True)
-    config = LONG | {"max_new_tokens": 1000}
-    want = {str(i): 1000 for i in range(4)}
+    config = LONG | {"max_new_tokens": 2500}
+    want = {str(i): 2500 for i in range(4)}
     one = Stream(server)
     for name in want:
         one.ask(name, text_input="hi", sampling_parameters=config)
@@ -146,7 +146,7 @@ def test_sigterm_lets_running_streams_finish(serve, qwen_bundle):
     answers = one.all(4)
     waiting.join()
     assert {name: len(answer.ids[0]) for name, answer in answers.items()} == want
-    assert len(whole[0].ids[0]) == 1000
+    assert len(whole[0].ids[0]) == 2500
     one.close()
     assert server.process.wait(20) == 0
     server.stop()

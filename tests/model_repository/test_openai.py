@@ -34,7 +34,7 @@ IMAGES = Path(__file__).parents[1] / "images"
 LIMITS = {"max_images": 2, "allowed_local_media_path": os.fspath(IMAGES)}
 RED = os.fspath(IMAGES / "red_circle.png")
 DATA = "data:image/png;base64," + base64.b64encode(Path(RED).read_bytes()).decode()
-LONG = {"ignore_eos": True, "max_tokens": 3000}
+LONG = {"ignore_eos": True, "max_tokens": 8000}
 SCHEMA = {"type": "object", "properties": {"colour": {"enum": ["red", "blue"]}},
           "required": ["colour"], "additionalProperties": False}  # fmt: skip
 JSON_SCHEMA = {"type": "json_schema", "json_schema": {"name": "shape", "schema": SCHEMA}}
@@ -281,7 +281,7 @@ def _ready(url: str) -> bool:
 @pytest.mark.slow
 def test_a_signal_lets_running_answers_finish_and_ends_both_servers(alone):
     process, pid, url = alone
-    path, body = chat(WHAT, ignore_eos=True, max_tokens=1500)
+    path, body = chat(WHAT, ignore_eos=True, max_tokens=4000)
     answers: list[requests.Response] = []
     thread = threading.Thread(target=lambda: answers.append(post(url, path, body)))
     thread.start()

@@ -92,8 +92,7 @@ def test_pictures_of_several_clients_go_through_the_graph_together(tower):
     alone = [encoded(tower, f)[0] for f in FILES]
     for _ in range(5):  # on a busy machine they may come one by one
         pictures, runs = _at_once(tower, alone)
-        assert pictures == 64
-        if runs < 64:
+        if runs < pictures:
             return
     raise AssertionError("64 pictures, each in a run of its own")
 
@@ -124,7 +123,7 @@ def _at_once(tower: Any, alone: list[np.ndarray]) -> tuple[int, int]:
         after = statistics(tower, "vision_tower")
         return tuple(after[key] - before[key] for key in ("inference_count", "execution_count"))
 
-    until(lambda: counted()[0] >= 64)  # Triton counts a run after its answers
+    until(lambda: counted()[0] >= 64)  # Triton counts a run after its answers, `alone`'s maybe only now
     return counted()
 
 

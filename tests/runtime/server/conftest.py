@@ -25,7 +25,7 @@ from rtp_llm.runtime.server.settings import Settings
 from rtp_llm.runtime.service import Service
 
 IMAGES = Path(__file__).parents[2] / "images"
-LONG = {"ignore_eos": True, "max_new_tokens": 4000}  # seconds of tokens, for who means to interrupt
+LONG = {"ignore_eos": True, "max_new_tokens": 8000}  # seconds of tokens, for who means to interrupt
 
 
 @pytest.fixture(scope="session")
