@@ -66,7 +66,8 @@ def parser() -> Parser:
     sub.add_argument("--checkpoint", metavar="PATH", help="folder or hub id (default: CHECKPOINT_PATH, "
                      "then the family's hub id)")  # fmt: skip
     sub.add_argument("--output", metavar="BUNDLE", help="default: ./<name>-<backend>-<precision>")
-    sub.add_argument("--vision-precision", metavar="P", help="of the image encoder [the decoder's type]")
+    sub.add_argument("--vision-precision", metavar="P", help="of the image encoder [16 bits of an engine; on "
+                     "a CPU int8 beside int4, else fp32]")  # fmt: skip
     sub.add_argument("--calibration", metavar="FILE", help="prompts to measure the ranges of fp8 and int8 "
                      'engines on, JSONL as of rtp-llm batch [a few of our own]')  # fmt: skip
     sub.add_argument("--force", action="store_true", help="export again although the bundle is there")

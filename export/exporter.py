@@ -32,7 +32,7 @@ from .target import Target, check_precision, target
 if TYPE_CHECKING:
     from .packed import Scheme
 
-EXPORTER = "2"  # raise it when the same checkpoint and options give another bundle
+EXPORTER = "3"  # raise it when the same checkpoint and options give another bundle
 WORKING = 2**30  # bytes of memory that an export takes beside its largest chunk
 
 
@@ -60,9 +60,9 @@ def export(
     model: the family, checked against the checkpoint. backend, device, kv_cache: what will run it, see
     target.py. precision: of the decoder's linear layers, head and embedding; "auto" is what a quantised
     checkpoint has (packed.py), else bf16 for a GPU, and on a CPU int4 above two billion parameters and fp32
-    below. vision_precision: of the image encoder's linear layers; default as exact as the decoder's
-    activations. vision_tower, conversation, tokenizer: in place of what the checkpoint names. calibration:
-    JSONL of prompts for fp8 and int8 engines, see calibrate.py. output: default
+    below. vision_precision: of the image encoder's linear layers; default int8 beside int4 on a CPU, else as
+    exact as the decoder's activations. vision_tower, conversation, tokenizer: in place of what the checkpoint
+    names. calibration: JSONL of prompts for fp8 and int8 engines, see calibrate.py. output: default
     `./<name>-<backend>-<precision>`; a bundle of the same checkpoint and options that is already there is
     kept, unless `force`. A failed export leaves nothing behind.
 

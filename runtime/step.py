@@ -71,27 +71,26 @@ def build_step(
     draws: list[Draw | None] | None = None,
 ) -> Step:
     """`embeddings`: image key → float32 [tokens, hidden]. `draws`: of every row of logits, or None."""
-    ids: list[np.ndarray] = []
+    ids: list[int] = []
     images: list[np.ndarray] = []
-    positions: list[np.ndarray] = []
-    rope_rows: list[np.ndarray] = []
+    positions: list[int] = []
+    rope_rows: list[int] = []
     logits_rows: list[int] = []
     at = rows = 0
     for row in batch:
         s, start, end = row.sequence, row.past, row.past + row.count
-        chunk = np.array([*s.tokens[start : end - len(row.draft)], *row.draft], dtype=np.int64)
+        ids += s.tokens[start : end - len(row.draft)]
+        ids += row.draft
         for span in s.images:
             low, high = max(start, span.start), min(end, span.start + span.length)
             if low < high:
                 images.append(embeddings[span.key][low - span.start : high - span.start])
-                chunk[low - start : high - start] = model.vocab_size + np.arange(
-                    rows, rows + high - low
-                )
+                first = model.vocab_size + rows
+                ids[at + low - start : at + high - start] = range(first, first + high - low)
                 rows += high - low
-        ids.append(chunk)
-        place = np.arange(start, end, dtype=np.int64)
-        positions.append(place)
-        rope_rows.append(place + s.rope_table * model.max_seq_len)
+        positions += range(start, end)
+        table = s.rope_table * model.max_seq_len
+        rope_rows += range(table + start, table + end)
         if row.logits == "all":
             logits_rows += range(at, at + row.count)
         elif row.logits == "last":
@@ -99,10 +98,10 @@ def build_step(
         at += row.count
     embeds = images or [np.zeros((1, model.hidden_size), np.float32)]
     return Step(
-        input_ids=np.concatenate(ids),
+        input_ids=np.array(ids, dtype=np.int64),
         image_embeds=np.concatenate(embeds),
-        positions=np.concatenate(positions),
-        rope_rows=np.concatenate(rope_rows),
+        positions=np.array(positions, dtype=np.int64),
+        rope_rows=np.array(rope_rows, dtype=np.int64),
         logits_rows=np.array(logits_rows, dtype=np.int64),
         slots=[r.sequence.slot for r in batch],
         pasts=[r.past for r in batch],

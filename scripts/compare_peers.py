@@ -56,7 +56,10 @@ class Peer:
 
 
 PEERS = {
-    "ours": Peer("this project", "ours.py", "Pipeline with its default options; the tower in float32"),
+    "ours": Peer(
+        "this project", "ours.py",
+        "Pipeline with its default options; the tower in int8 beside int4, else in float32",
+    ),
     "llamacpp": Peer(
         "llama.cpp", "llamacpp.py",
         "Q4_0 or Q8_0 in every matrix, Q8_0 in the tower's; streams are sequences of one llama_decode, as "

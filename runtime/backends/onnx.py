@@ -94,6 +94,7 @@ class OnnxBackend:
         self._vision: ort.InferenceSession | None = None
         self._caches: list[tuple[str, list[str], mmap.mmap | None, np.ndarray]] = []
         self._bound: dict[tuple[int, int], ort.IOBinding] = {}
+        self._inputs = {s.name for s in bundle.graphs["decoder"].inputs}
         self._folds = any(s.name.startswith("decode_") for s in bundle.graphs["decoder"].outputs)
         # weights that are not repacked have a kernel of their own for a lone row, as int4 has
         self._pairs = deterministic or self._stays_mapped("decoder")
@@ -189,9 +190,8 @@ class OnnxBackend:
             "rope_rows": step.rope_rows,
             **cells,
         }
-        for spec in self.bundle.graphs["decoder"].inputs:
-            if spec.name in feeds:
-                binding.bind_cpu_input(spec.name, feeds[spec.name])
+        for name in self._inputs & feeds.keys():
+            binding.bind_cpu_input(name, feeds[name])
         logits = np.empty((len(step.logits_rows), self.bundle.model.vocab_size), np.float32)
         value = self._value(logits)
         binding.bind_ortvalue_output("logits", value)
@@ -227,6 +227,8 @@ class OnnxBackend:
 
 def split(step: Step) -> list[Step]:
     """A step whose padded cells would be mostly empty, in parts: chunks in slots that lie far apart."""
+    if max(step.counts) == 1:
+        return [step]
     cuts, ends = [0], np.cumsum([0, *step.counts])
     for i in range(1, len(step.slots)):
         first = cuts[-1]

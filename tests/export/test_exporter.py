@@ -119,7 +119,7 @@ def test_both_graphs_compute_what_the_checkpoint_says(
     plan = plan_of(checkpoints / family, family)
     assert (bundle.precision, bundle.model.family) == (precision, family)
     assert bundle.graphs["decoder"].precision == precision
-    assert bundle.graphs["vision"].precision == "fp32"
+    assert bundle.graphs["vision"].precision == ("int8" if precision == "int4" else "fp32")
 
     vision = plan.make_vision().eval().requires_grad_(False)
     for name, parameter in vision.named_parameters():
@@ -130,7 +130,8 @@ def test_both_graphs_compute_what_the_checkpoint_says(
     expected = vision(pixels)
     [features] = session_of(bundle, "vision").run(None, {"pixels": pixels.numpy()})
     assert features.shape == (2, bundle.vision.tokens, bundle.vision.hidden_size)
-    assert np.abs(features - expected.numpy()).max() <= 5e-5 * float(expected.std())
+    off = 0.1 if precision == "int4" else 5e-5
+    assert np.abs(features - expected.numpy()).max() <= off * float(expected.std())
 
     decoder = Decoder(plan.decoder).eval().requires_grad_(False)
     for name, parameter in decoder.named_parameters():
