@@ -16,6 +16,7 @@ from PIL import Image
 
 from rtp_llm import bench, cli, roofline
 from rtp_llm.errors import UserError
+from rtp_llm.export import quantize
 from rtp_llm.export.bundle import read
 from rtp_llm.export.exporter import export
 
@@ -231,6 +232,10 @@ def test_the_decoders_work_is_read_off_its_graph(
             # half a byte a value, and a float32 and half a byte a block
             stored += rows * columns * (4 if precision == "fp32" else 0.5 + 4.5 / block)
     assert found.weight_bytes == pytest.approx(stored, rel=0.01)
+
+
+def test_the_products_that_are_timed_have_the_exports_blocks() -> None:
+    assert roofline.BLOCKS == quantize.BLOCKS
 
 
 def test_limits_are_those_of_the_roofline() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def serve(triton_binary: binary.Binary, tmp_path_factory: pytest.TempPathFactory
     it may break and should stop.
     """
     running: dict[str, Tritonserver] = {}
-    with ExitStack() as stack:
+    with ExitStack() as stack, ThreadPoolExecutor() as stopping:
 
         def start(bundle: Path, own: bool = False, extra: Any = (), drain: float = 30, **options: Any) -> Any:
             key = json.dumps([str(bundle), list(extra), drain, options], sort_keys=True)
@@ -40,3 +41,4 @@ def serve(triton_binary: binary.Binary, tmp_path_factory: pytest.TempPathFactory
             return server
 
         yield start
+        list(stopping.map(Tritonserver.stop, running.values()))  # each takes seconds

@@ -30,7 +30,7 @@ ASK: dict[str, Any] = {
 def server(serve, qwen_bundle):
     server = serve(qwen_bundle, own=True, extra=EXPLICIT)
     yield server
-    server.stop()
+    server.stop(3)  # whose process a test has killed, and which waits for it
 
 
 @pytest.fixture
