@@ -132,6 +132,7 @@ class Tritonserver:
         except OSError as e:
             log.close()
             raise InternalError(f"{self.binary.path} cannot be started: {e.strerror or e}") from e
+        self._stopped = False
         self._reader = threading.Thread(target=self._read, args=(log,), name="tritonserver-log", daemon=True)
         self._reader.start()
 

@@ -238,6 +238,7 @@ def test_what_we_broke_is_told_by_the_requests_id_and_logged(serve, qwen_bundle,
         name = re.search(r"request id (\w+)", text)
         assert name and streamed(server, text_input="hi").texts
         log = server.log.read_text()
+    assert server.process.poll() is not None, "the second start is stopped too"
     assert f'"request_id": "{name[1]}"' in log and "RuntimeError" in log and "secret" not in log
 
 
