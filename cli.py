@@ -68,8 +68,9 @@ def parser() -> Parser:
     sub.add_argument("--output", metavar="BUNDLE", help="default: ./<name>-<backend>-<precision>")
     sub.add_argument("--vision-precision", metavar="P", help="of the image encoder [16 bits of an engine; on "
                      "a CPU int8 beside int4, else fp32]")  # fmt: skip
-    sub.add_argument("--calibration", metavar="FILE", help="prompts to measure the ranges of fp8 and int8 "
-                     'engines on, JSONL as of rtp-llm batch [a few of our own]')  # fmt: skip
+    sub.add_argument("--calibration", metavar="FILE", help="prompts, JSONL as of rtp-llm batch: to "
+                     "round a CPU's int4 for [each weight to its nearest]; to measure the ranges of fp8 and "
+                     "int8 engines on [a few of our own]")  # fmt: skip
     sub.add_argument("--force", action="store_true", help="export again although the bundle is there")
     sub.add_argument("--no-build", action="store_true", help="tensorrt: stop before the engines are built")
     _checkpoint_options(sub)

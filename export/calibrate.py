@@ -1,8 +1,9 @@
-"""Ranges of the inputs of linear layers, for engines whose activations have static scales (fp8, int8).
+"""What a model's layers read on some prompts with pictures: the ranges of it, for engines whose activations
+have static scales (fp8, int8), or int4 weights that are rounded for it (gptq.py), for the CPU.
 
-The float32 reference runs once over some prompts with pictures. Weights stream: a linear layer reads its own
-from the checkpoint just before it is called and drops it after, so a 7B model needs about 2 GB
-(worked out, not measured).
+The float32 reference runs once over the prompts. Weights stream: a linear layer reads its own from the
+checkpoint just before it is called and drops it after, so ranges of a 7B model need about 2 GB (worked out,
+not measured); for rounding see `working`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,17 +23,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, shown
+from . import gptq
+from .checkpoint import CHUNK, Weight
+from .packed import Rounded
 from .qdq import Range
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from .checkpoint import Weight
+    from ..runtime.prompt import EncodedPrompt, PromptEncoder
+    from .decoder import DecoderConfig
     from .families import Plan
 
 TOKENS = 2048  # packed tokens of the decoder at a time
 LONGEST = 2048  # of a prompt: its attention takes memory with the square, 0.5 GB here with 32 heads
+ROUNDING = 16_384  # tokens that weights are rounded for, all in one pass
 PICTURES = 4  # of the vision tower at a time
 QUESTIONS = (
     "Describe the picture.",
@@ -36,8 +46,6 @@ QUESTIONS = (
     "这张图片里有什么？",
     "How many shapes are there? Answer in one word.",
 )
-
-Prompt = tuple[str, list[Any]]  # raw text, and the pictures of its tags
 
 
 def calibrate(
@@ -49,35 +57,86 @@ def calibrate(
     """Ranges of the vision tower's linear layers and of the decoder's (but its head), by their names.
 
     decoder False: the tower alone.
-    data: JSONL as `rtp-llm batch` reads it, `prompt` and `urls` (files, beside `data` where relative);
-    other fields are ignored. Default: verify's texts, and questions about drawn pictures. Prompts are cut
-    at LONGEST tokens, and at the model's max_seq_len. Raises UserError
-    naming a line that is wrong.
+    data: JSONL as `rtp-llm batch` reads it: `prompt`, or a chat's `messages`, and `urls` (files, beside
+    `data` where relative) for its tags or parts {"type": "image"}; other fields are ignored. Default:
+    verify's texts, and questions about drawn pictures. Prompts are cut at LONGEST tokens, and at the model's
+    max_seq_len. Raises UserError naming a line that is wrong.
     """
+    vision, layers = _Watch(), _Watch()
+    sequences, rows = _inputs(plan, _encoded(plan, data), vision, tell)
+    if decoder:
+        tell(f"calibrating: {sum(map(len, sequences))} tokens through the decoder")
+        _decoder(plan, _batches(sequences), rows, layers)
+    return vision.ranges(), layers.ranges()
+
+
+def rounded(plan: Plan, data: Path, tell: Callable[[str], None] = lambda _: None) -> dict[str, Weight]:
+    """The decoder's weights, with those of its linear layers and its head rounded to int4 for the inputs that
+    the prompts of `data` give them behind rounded layers. Of more than ROUNDING tokens, as many prompts are
+    used as these hold, picked at random. The text's tokens count as much as the pictures', which are nine of
+    ten and say less of an answer (Li et al., arXiv:2412.19509, weigh them too).
+
+    data: as `calibrate` takes it. Raises UserError naming a line that is wrong.
+    """
+    encoded = _encoded(plan, data)
+    mixed = random.Random(0).sample(encoded, len(encoded))
+    totals = accumulate(min(_longest(plan), len(e.ids) + len(e.slots) * plan.vision.tokens) for e in mixed)
+    used = [e for e, total in zip(mixed, totals, strict=True) if total <= ROUNDING]
+    sequences, rows = _inputs(plan, used, _Watch(), tell)
+    tell(
+        f"calibrating: rounding the decoder for {sum(map(len, sequences))} tokens, "
+        f"{len(used)} of {len(encoded)} prompts"
+    )
+    rounder, weights = _Rounder(torch.cat(sequences) >= plan.decoder.vocab_size, tell), plan.decoder_weights
+    last = _decoder(plan, [sequences], rows, rounder)
+    rounder.round("head", weights["head.weight"], last)
+    own = {f"{name}.weight": found for name, found in rounder.found.items()}
+    return {k: replace(w, own=(own[k],)) if k in own else w for k, w in weights.items()}
+
+
+def working(c: DecoderConfig) -> int:
+    """Bytes that `rounded` takes beside the weights that it makes: three times the widest activations, which
+    is what an MLP or attention holds at once, and five times the squares of the widest inputs.
+    """
+    attention = c.heads * c.head_dim
+    widest = max(attention + 2 * c.kv_heads * c.head_dim, 2 * c.intermediate_size)
+    return 4 * (3 * ROUNDING * widest + 5 * max(c.hidden_size, attention, c.intermediate_size) ** 2)
+
+
+def _encoded(plan: Plan, data: Path | None) -> list[EncodedPrompt]:
+    from ..runtime.prompt import PromptEncoder
+
+    encoder = PromptEncoder(plan.prompt, plan.tokenizer)
+    if data:
+        return _read(data, encoder)
+    return [encoder.encode_prompt(text, pictures) for text, pictures in _default(plan)]
+
+
+def _longest(plan: Plan) -> int:
+    return min(LONGEST, plan.decoder.max_seq_len)
+
+
+def _inputs(
+    plan: Plan, encoded: Sequence[EncodedPrompt], watch: _Watch, tell: Callable[[str], None]
+) -> tuple[list[Tensor], Tensor]:
+    """The decoder's: each prompt's ids, and the rows of all pictures, which ids from vocab_size on select."""
     from ..runtime.preprocess import preprocess
-    from ..runtime.prompt import PromptEncoder, expand
+    from ..runtime.prompt import expand
 
     # glibc learns to keep what was freed, up to 32 MB a piece, and small tensors between the pieces then
     # hold gigabytes: larger pieces than 1 MB (M_MMAP_THRESHOLD is −3) go straight back to the system
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").mallopt(-3, 2**20)
-    prompts = _read(data) if data else _default(plan)
-    encoder = PromptEncoder(plan.prompt, plan.tokenizer)
-    encoded = [encoder.encode_prompt(text, pictures) for text, pictures in prompts]
     pixels = [preprocess(_open(picture), plan.vision) for e in encoded for picture in e.sources]
-
-    vision = _Watch()
     features = []
     with torch.device("meta"):
         tower = plan.make_vision()
     tell(f"calibrating: {len(pixels)} pictures through the vision tower")
-    with torch.no_grad(), vision.watching(tower, plan.vision_weights):
+    with torch.no_grad(), watch.watching(tower, plan.vision_weights):
         for at in range(0, len(pixels), PICTURES):
             features.append(tower(torch.from_numpy(np.stack(pixels[at : at + PICTURES]))))
     rows = torch.cat(features).flatten(0, 1) if features else torch.zeros(1, plan.decoder.hidden_size)
 
-    if not decoder:
-        return vision.ranges(), {}
     sequences, used = [], 0
     for e in encoded:
         ids, spans = expand(e, [plan.vision.tokens] * len(e.sources), plan.prompt.image.token_id)
@@ -85,12 +144,12 @@ def calibrate(
         for start, length in spans:
             sequence[start : start + length] = plan.decoder.vocab_size + used + torch.arange(length)
             used += length
-        sequences.append(sequence[: min(LONGEST, plan.decoder.max_seq_len)])
-    tell(f"calibrating: {sum(map(len, sequences))} tokens through the decoder")
-    return vision.ranges(), _decoder(plan, sequences, rows)
+        sequences.append(sequence[: _longest(plan)])
+    return sequences, rows
 
 
-def _decoder(plan: Plan, sequences: Sequence[Tensor], rows: Tensor) -> dict[str, Range]:
+def _decoder(plan: Plan, batches: Iterable[list[Tensor]], rows: Tensor, watch: _Watch) -> Tensor:
+    """Runs it but for its head; returns the last batch's [T, hidden]."""
     from .attention import Eager
     from .decoder import Decoder, constants
 
@@ -110,16 +169,15 @@ def _decoder(plan: Plan, sequences: Sequence[Tensor], rows: Tensor) -> dict[str,
     decoder.set_submodule("head", nn.Identity())
     for name, table in constants(c).items():
         decoder.register_buffer(name, table, persistent=False)
-    watch = _Watch()
     with torch.no_grad(), watch.watching(decoder, weights):
-        for batch in _batches(sequences):
+        for batch in batches:
             lengths = [len(s) for s in batch]
             positions = torch.cat([torch.arange(n) for n in lengths])
             tables = [next(i for i, limit in enumerate(c.limits) if n <= limit) for n in lengths]
             table = torch.repeat_interleave(torch.tensor(tables), torch.tensor(lengths))
             attend = Forgetful(decoder, positions + table * c.max_seq_len, lengths)
-            decoder(torch.cat(batch), rows, attend, torch.tensor([0]), positions)
-    return watch.ranges()
+            last = decoder(torch.cat(batch), rows, attend, None, positions)
+    return last
 
 
 def _batches(sequences: Sequence[Tensor]) -> Iterator[list[Tensor]]:
@@ -145,6 +203,12 @@ class _Watch:
             for name, amax in self.amax.items()
         }
 
+    def load(self, name: str, weight: Weight, x: Tensor) -> Tensor:
+        """The weight of a layer that is about to read x [..., in]."""
+        self.amax[name] = max(self.amax.get(name, 0.0), float(x.abs().max()))
+        self.sizes.setdefault(name, []).append(x.flatten(0, -2).square().mean(-1).sqrt())
+        return weight.read()
+
     @contextlib.contextmanager
     def watching(self, module: nn.Module, weights: Mapping[str, Weight]) -> Iterator[None]:
         hooks = []
@@ -162,16 +226,46 @@ class _Watch:
 
     def _stream(self, name: str, linear: nn.Linear, weights: Mapping[str, Weight]) -> list[Any]:
         def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].flatten(0, -2)
-            self.amax[name] = max(self.amax.get(name, 0.0), float(x.abs().max()))
-            self.sizes.setdefault(name, []).append(x.square().mean(-1).sqrt())
             for parameter, weight in weights.items():
-                setattr(linear, parameter, nn.Parameter(weight.read(), requires_grad=False))
+                value = self.load(name, weight, args[0]) if parameter == "weight" else weight.read()
+                setattr(linear, parameter, nn.Parameter(value, requires_grad=False))
 
         def after(*_: Any) -> None:
             linear.to("meta")
 
         return [linear.register_forward_pre_hook(before), linear.register_forward_hook(after)]
+
+
+class _Rounder(_Watch):
+    """Rounds each layer for the inputs that it reads, and lets it go on with what it became.
+
+    image: bool [T], which tokens are a picture's.
+    """
+
+    def __init__(self, image: Tensor, tell: Callable[[str], None]) -> None:
+        super().__init__()
+        self.found: dict[str, Rounded] = {}
+        self.scale = torch.where(image, image.sum(), (~image).sum()).rsqrt().unsqueeze(1)
+        self.tell, self.told = tell, time.monotonic()
+
+    def load(self, name: str, weight: Weight, x: Tensor) -> Tensor:
+        found = self.round(name, weight, x)
+        height, width = found.shape
+        step = max(1, CHUNK // width)
+        return torch.cat([found.read(low, low + step) for low in range(0, height, step)])
+
+    def round(self, name: str, weight: Weight, x: Tensor) -> Rounded:
+        if time.monotonic() > self.told + 20:
+            self.tell(f"calibrating: rounding {name}")
+            self.told = time.monotonic()
+        x = x * self.scale
+        try:
+            # long columns: the loop over them is Python's
+            data = gptq.rounded(weight.chunks(4 * CHUNK), x.t() @ x)
+        except ValueError as e:
+            raise UserError(f"layer {name} cannot be rounded for the calibration data: {e}") from e
+        self.found[name] = Rounded(x.shape[1], data)
+        return self.found[name]
 
 
 class _Rows(nn.Module):
@@ -186,18 +280,17 @@ class _Rows(nn.Module):
         return torch.cat([self.weight.read(i, i + 1) for i in unique.tolist()])[places]
 
 
-def _default(plan: Plan) -> list[Prompt]:
+def _default(plan: Plan) -> list[tuple[str, list[Any]]]:
+    """Raw texts, and the pictures of their tags."""
     from .verify import TEXTS, pictures
 
     tag = plan.prompt.image.tags[0]
-    shown: list[Prompt] = [
-        (f"{tag}\n{question}", [picture]) for question, picture in zip(QUESTIONS, pictures(), strict=True)
-    ]
-    return [*shown, *((text, []) for text in TEXTS)]
+    asked = zip(QUESTIONS, pictures(), strict=True)
+    return [*((f"{tag}\n{question}", [picture]) for question, picture in asked), *((t, []) for t in TEXTS)]
 
 
-def _read(file: Path) -> list[Prompt]:
-    prompts: list[Prompt] = []
+def _read(file: Path, encoder: PromptEncoder) -> list[EncodedPrompt]:
+    prompts: list[EncodedPrompt] = []
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:
@@ -207,14 +300,27 @@ def _read(file: Path) -> list[Prompt]:
             continue
         try:
             fields = json.loads(line)
-            prompt, urls = fields["prompt"], fields.get("urls") or []
-            if not isinstance(prompt, str) or not isinstance(urls, list):
+            prompt, messages, urls = fields.get("prompt"), fields.get("messages"), fields.get("urls") or []
+            kinds = [type(value) for value in (prompt, messages) if value is not None]
+            if kinds not in ([str], [list]) or not isinstance(urls, list):
                 raise TypeError
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, AttributeError):
             raise UserError(
-                f'{file} line {number} is {line[:60]!r}, expected {{"prompt": "…", "urls": ["FILE", …]}}'
+                f'{file} line {number} is {line[:60]!r}, expected {{"prompt": "…", "urls": ["FILE", …]}} or '
+                '{"messages": [{"role": "user", "content": …}, …], "urls": ["FILE", …]}'
             ) from None
-        prompts.append((prompt, [file.parent / str(url) for url in urls]))
+        try:
+            if prompt is None:
+                encoded = encoder.encode_chat(messages, urls)
+            else:
+                encoded = encoder.encode_prompt(prompt, urls)
+        except UserError as e:
+            raise UserError(f"{file} line {number}: {e}") from e
+        for source in encoded.sources:
+            if not isinstance(source, str) or "://" in source or source.startswith("data:"):
+                raise UserError(f"{file} line {number}: a picture is {shown(source)}, expected a file's path")
+        encoded.sources = [file.parent / source for source in encoded.sources]
+        prompts.append(encoded)
     if not prompts:
         raise UserError(f"calibration data {file} has no prompts")
     return prompts

@@ -383,8 +383,8 @@ class Weight:
     """Where a module's parameter comes from: tensors of a checkpoint, one below the other.
 
     parts: (name, shape) each; transform: of a single whole tensor, for small ones; own: its quantised parts
-    where packed.presorted changed them. `check` raises CheckpointError for a tensor that is missing or has
-    another shape.
+    where packed.presorted changed them, or what gptq.py made of it. `check` raises CheckpointError for a
+    tensor that is missing or has another shape.
     """
 
     checkpoint: Checkpoint

@@ -62,9 +62,9 @@ def export(
     checkpoint has (packed.py), else bf16 for a GPU, and on a CPU int4 above two billion parameters and fp32
     below. vision_precision: of the image encoder's linear layers; default int8 beside int4 on a CPU, else as
     exact as the decoder's activations. vision_tower, conversation, tokenizer: in place of what the checkpoint
-    names. calibration: JSONL of prompts for fp8 and int8 engines, see calibrate.py. output: default
-    `./<name>-<backend>-<precision>`; a bundle of the same checkpoint and options that is already there is
-    kept, unless `force`. A failed export leaves nothing behind.
+    names. calibration: JSONL of prompts, for fp8 and int8 engines and for a CPU's int4, see calibrate.py.
+    output: default `./<name>-<backend>-<precision>`; a bundle of the same checkpoint and options that is
+    already there is kept, unless `force`. A failed export leaves nothing behind.
 
     Raises CheckpointError (missing or damaged checkpoint), UnknownArchitecture, NotSupportedYet,
     BundleError (`output` is something else), UserError (impossible options; disk or memory too small).
@@ -100,9 +100,16 @@ def export(
     precision = made_for.precision(precision, count, own)
     vision_precision = made_for.vision_precision(vision_precision, precision)
     ranged = made_for.kind == "engine" and bool({precision, vision_precision} & {"fp8", "int8"})
-    if calibration and not ranged:
+    rounds = bool(calibration) and made_for.kind == "cpu" and precision == "int4"
+    if calibration and not (ranged or rounds):
         raise UserError(
-            f"calibration is for fp8 and int8 of backend tensorrt, not for {precision} of {backend}"
+            "calibration is for fp8 and int8 of backend tensorrt and for int4 of onnxruntime on the cpu, "
+            f"not for {precision} of {backend} on {made_for.device}"
+        )
+    if rounds and own:
+        raise UserError(
+            f"calibration rounds unquantised weights, the checkpoint is quantised already: {own.method}, "
+            f"{own.precision}"
         )
     name = _name(checkpoint)
     final = Path(output) if output is not None else Path(_folder(name, made_for, precision))
@@ -133,12 +140,21 @@ def export(
     total = sum(g.bytes for g in graphs.values())
     # a TorchScript graph's weights are there twice while it is written
     twice = max(g.bytes for g in graphs.values()) if backend == "torchscript" else 0
-    _check_space(final, total, twice, precision, made_for, WORKING * (2 if ranged else 1), tell)
+    working = WORKING * (2 if ranged or rounds else 1)
+    if rounds:
+        from .calibrate import working as rounding
+
+        working += rounding(plan.decoder) + graphs["decoder"].bytes
+    _check_space(final, total, twice, precision, made_for, working, tell)
+    data = Path(calibration) if calibration else None
+    if rounds and data:
+        from .calibrate import rounded
+
+        graphs["decoder"].weights = rounded(plan, data, lambda text: tell(Progress(text)))
     if ranged:
         from .calibrate import calibrate
         from .qdq import static_ranges
 
-        data = Path(calibration) if calibration else None
         ranges = calibrate(plan, data, precision in ("fp8", "int8"), lambda text: tell(Progress(text)))
         for graph, seen in zip(graphs.values(), ranges, strict=True):
             graph.ranges = {**seen, **(static_ranges(graph.weights) if precision == "fp8" else {})}

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, NotSupportedYet
 from .checkpoint import CHUNK, Checkpoint, Fields, Weight
+from .quantize import block_of, dequantize
 
 PARTS = ("qzeros", "scales", "g_idx", "weight_scale", "weight_scale_inv", "input_scale")
 PLACES = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])  # of AWQ's outputs 0 … 7 in their number
@@ -291,7 +292,32 @@ class Fp8:
         return q.mul_(scales)
 
 
-Quantised: TypeAlias = Int4 | Fp8
+class Rounded:
+    """A weight [out, in] that an export has rounded to 4 bits, in memory; used as an Int4 without an order.
+
+    data: packed values, scales and zero points as quantize.quantize gives them.
+    """
+
+    order = outputs = None
+    presorted = False
+
+    def __init__(self, columns: int, data: tuple[Tensor, Tensor, Tensor]):
+        self.shape = len(data[0]), columns
+        self.block = block_of(columns, 4)
+        self.data = data
+        self.key = (self.block, None)
+
+    def packed(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows [start, stop) as MatMulNBits stores them."""
+        values, scales, zero_points = self.data
+        return values[start:stop], scales[start:stop], zero_points[start:stop]
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) as float32 [n, in], exactly."""
+        return dequantize(*self.packed(start, stop), self.shape[1], 4)
+
+
+Quantised: TypeAlias = Int4 | Fp8 | Rounded
 
 
 def alike(weight: Weight | None) -> Quantised | None:

@@ -34,7 +34,7 @@ from .vision import Attention
 
 if TYPE_CHECKING:
     from .checkpoint import Weight
-    from .packed import Int4
+    from .packed import Int4, Rounded
     from .qdq import Range
 
 BITS = {"int4": 4, "int8": 8}
@@ -58,24 +58,35 @@ def quantize(weights: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     scale) + zero point, clipped, halves to even. Values of 4 bits are packed low half first; a last,
     partial block is filled with zeros.
     """
-    rows, columns = weights.shape
-    block = block_of(columns, bits)
-    if fill := -columns % block:
-        weights = nn.functional.pad(weights, (0, fill))
-    top = 2**bits - 1
-    blocks = weights.reshape(rows, -1, block)
+    blocks = in_blocks(weights, bits)
+    scales, zeros = grid(blocks, bits)
+    q = blocks / scales.unsqueeze(-1)
+    return stored(q.round_().add_(zeros.unsqueeze(-1)).clamp_(0, 2**bits - 1), scales, zeros, bits)
+
+
+def in_blocks(weights: Tensor, bits: int) -> Tensor:
+    """[R, K] → [R, blocks, block]."""
+    block = block_of(weights.shape[1], bits)
+    return F.pad(weights, (0, -weights.shape[1] % block)).unflatten(1, (-1, block))
+
+
+def grid(blocks: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """float32 [R, blocks, block] → scales and zero points of `quantize`, float32 [R, blocks] each."""
     low, high = torch.aminmax(blocks, dim=-1)
     low, high = low.clamp_max_(0), high.clamp_min_(0)
-    scales = (high - low).div_(top)
+    scales = (high - low).div_(2**bits - 1)
     scales[scales == 0] = 1.0
     zeros = (-low / scales).round_()
-    scales *= CUT[bits]
-    q = (blocks / scales.unsqueeze(-1)).round_().add_(zeros.unsqueeze(-1)).clamp_(0, top)
+    return scales.mul_(CUT[bits]), zeros
+
+
+def stored(q: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Whole numbers [R, blocks, block] of any type, and their grid → what `quantize` returns."""
     packed, zero_points = q.to(torch.uint8), zeros.to(torch.uint8)
     if bits == 4:
         packed = packed[..., 0::2] | (packed[..., 1::2] << 4)
         if zero_points.shape[1] % 2:
-            zero_points = nn.functional.pad(zero_points, (0, 1))
+            zero_points = F.pad(zero_points, (0, 1))
         zero_points = zero_points[:, 0::2] | (zero_points[:, 1::2] << 4)
     return packed.contiguous(), scales, zero_points.contiguous()
 
@@ -109,11 +120,12 @@ class _Quantized(nn.Module):
 class QuantLinear(_Quantized):
     """com.microsoft.MatMulNBits; accuracy level 4: the input is rounded to 8 bits per block.
 
-    own: the checkpoint's quantisation, which is kept. The operator's g_idx does not serve act-order: in ONNX
-    Runtime 1.32 it makes a product of 1024 × 1024 80 times slower on a CPU, and wrong beside zero points.
+    own: the checkpoint's quantisation, which is kept, or gptq.py's. The operator's g_idx does not serve
+    act-order: in ONNX Runtime 1.32 it makes a product of 1024 × 1024 80 times slower on a CPU, and wrong
+    beside zero points.
     """
 
-    def __init__(self, linear: nn.Linear, bits: int, own: Int4 | None = None):
+    def __init__(self, linear: nn.Linear, bits: int, own: Int4 | Rounded | None = None):
         block = own.block if own else block_of(linear.in_features, bits)
         super().__init__(linear.out_features, linear.in_features, bits, block)
         self.bias = linear.bias
@@ -142,7 +154,7 @@ class Sort(nn.Module):
 
     order: Tensor | None
 
-    def __init__(self, own: Int4 | None):
+    def __init__(self, own: Int4 | Rounded | None):
         super().__init__()
         mixed = own is not None and own.order is not None and not own.presorted
         self.register_buffer("order", torch.empty(own.shape[1], dtype=torch.int64) if own and mixed else None)
@@ -324,9 +336,9 @@ def swap(
     Returns how each weight must be stored, in its parameter's dtype: name → "int4" or "int8" (`quantize`;
     `x.weight` becomes `x.weight`, `x.scales` and `x.zero_points`), "rows" (`quantize_rows`; `x.weight` and
     `x.scales`), "qdq-fp8", "qdq-int8" or "qdq-int4" (qdq.columns; likewise, and `x.input_scale`), "own-int4"
-    or "own-fp8" (the checkpoint's, for the same modules; and `x.sort.order`) or "transposed"; those not named
-    are stored as they are. A head that is tied to the embedding stays so in 16 bits: one parameter,
-    [vocab, hidden].
+    or "own-fp8" (the checkpoint's or gptq.py's, for the same modules; and `x.sort.order`) or "transposed";
+    those not named are stored as they are. A head that is tied to the embedding stays so in 16 bits: one
+    parameter, [vocab, hidden].
     """
     from . import packed, qdq
 
@@ -349,7 +361,7 @@ def swap(
             flip = transposed if target == "cpu" else target == "engine" and child.weight not in tied
             quantised = target == "engine" and precision in qdq.TOP and child not in exact
             own = packed.alike(weights.get(f"{name}.weight")) if precision in ("int4", "fp8") else None
-            if target == "cpu" and precision == "int4" and isinstance(own, packed.Int4):
+            if target == "cpu" and precision == "int4" and isinstance(own, packed.Int4 | packed.Rounded):
                 new, kind = QuantLinear(child, 4, own), "own-int4"
             elif target == "cpu" and precision in BITS:
                 new, kind = QuantLinear(child, BITS[precision]), precision

@@ -1,16 +1,21 @@
 """How often a bundle of a sample checkpoint answers right, through the Pipeline: the yardstick of precisions.
 
     python scripts/eval_sample.py FP32 [BUNDLE …] --scenes 300
+    python scripts/eval_sample.py FP32 --calibration-data FOLDER --scenes 100
 
 The scenes are held-out ones (scripts/shapes.py), asked as raw prompts and as chats, all in one batch. Every
 further bundle is compared with the first, question by question: how many answers are other ones (flips; of a
 box, whether it is right), how many of them were right only before (lost) or only after (won), and how likely
 so uneven a split of these would be if neither bundle were better (McNemar's exact test, two-sided).
+
+--calibration-data writes FOLDER/prompts.jsonl and its pictures instead, for `rtp-llm export --calibration`:
+the same questions about other scenes, each with its answer; a chat goes on with another question.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 import time
@@ -22,15 +27,18 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 import shapes
 
+from rtp_llm.export import bundle as bundles
 from rtp_llm.model_factory import ModelFactory
 from rtp_llm.pipeline import Pipeline
 
 CONFIG = {"top_k": 1, "max_new_tokens": 48}
 
 
-def requests(family: str, scenes: int) -> Iterator[tuple[str, shapes.Question, dict[str, Any]]]:
-    """(form, question, request) of every question."""
-    drawn = [shapes.draw(f"held-out/{i}") for i in range(scenes)]
+def requests(
+    family: str, scenes: int, tag: str = "held-out"
+) -> Iterator[tuple[str, shapes.Question, dict[str, Any]]]:
+    """(form, question, request) of every question about the scenes whose names begin with the tag."""
+    drawn = [shapes.draw(f"{tag}/{i}") for i in range(scenes)]
     grounds = family == "qwen_vl"
     asked = [([scene.image], q) for scene in drawn for q in shapes.questions(scene, locate=grounds)]
     half = scenes // 2
@@ -45,6 +53,34 @@ def requests(family: str, scenes: int) -> Iterator[tuple[str, shapes.Question, d
         parts = [{"type": "image", "image": image} for image in images]
         content = [*parts, {"type": "text", "text": q.text}]
         yield "chat", q, {"messages": [{"role": "user", "content": content}], "generate_config": CONFIG}
+
+
+def write_calibration(folder: Path, family: str, scenes: int) -> None:
+    """Answered questions as `rtp-llm export --calibration` reads them: prompts.jsonl, and its pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    asked = list(requests(family, scenes, "calibration"))  # kept, or a picture's id would be another's later
+    names: dict[int, str] = {}
+    blank = "" if family == "qwen_vl" else " "  # as the samples were trained
+    with open(folder / "prompts.jsonl", "w", encoding="utf-8") as file:
+        for form, q, request in asked:
+            if form == "raw":
+                pictures = request["images"]
+                line: dict[str, Any] = {"prompt": request["prompt"] + blank + q.answer}
+            else:
+                *parts, text = request["messages"][0]["content"]
+                pictures = [part["image"] for part in parts]
+                content = [*({"type": "image"} for _ in parts), text]
+                line = {"messages": [
+                    {"role": "user", "content": content},
+                    {"role": "assistant", "content": q.answer},
+                    {"role": "user", "content": "What is this?"},
+                ]}  # fmt: skip
+            for picture in pictures:
+                if id(picture) not in names:
+                    names[id(picture)] = f"{len(names)}.png"
+                    picture.save(folder / names[id(picture)])
+            line["urls"] = [names[id(picture)] for picture in pictures]
+            file.write(json.dumps(line) + "\n")
 
 
 def right(q: shapes.Question, answer: str) -> bool:
@@ -82,7 +118,11 @@ def main() -> None:
     )
     parser.add_argument("bundles", nargs="+", metavar="BUNDLE")
     parser.add_argument("--scenes", type=int, default=300)
+    parser.add_argument("--calibration-data", type=Path, metavar="FOLDER")
     args = parser.parse_args()
+    if args.calibration_data:
+        family = bundles.read(args.bundles[0]).model.family
+        return write_calibration(args.calibration_data, family, args.scenes)
     first: Scores = []
     for bundle in args.bundles:
         scores, seconds = evaluate(bundle, args.scenes)

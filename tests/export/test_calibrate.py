@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from rtp_llm.errors import UserError
 from rtp_llm.export import calibrate as calibration
+from rtp_llm.export import gptq
 from rtp_llm.export.attention import Eager
-from rtp_llm.export.calibrate import calibrate
+from rtp_llm.export.calibrate import calibrate, rounded
 from rtp_llm.export.checkpoint import Checkpoint, Weight
 from rtp_llm.export.decoder import Decoder
 from rtp_llm.export.families import FAMILIES, Options, Plan
@@ -73,28 +76,103 @@ def test_streamed_ranges_are_those_of_the_whole_model(
 
     tower = filled(plan.make_vision(), plan.vision_weights)
     seen = inputs_of(tower)
-    from PIL import Image
-
     pixels = torch.from_numpy(preprocess(Image.open(red_circle), plan.vision)[None])
     rows = tower(pixels)[0]
     assert_ranges(vision, {n: x * 3 for n, x in seen.items()})
 
     whole = filled(Decoder(plan.decoder), plan.decoder_weights)
     seen = inputs_of(whole)
-    encoder = PromptEncoder(plan.prompt, plan.tokenizer)
     for line in lines:
-        count = len(line.get("urls", []))
-        encoded = encoder.encode_prompt(line["prompt"], [None] * count)
-        ids, spans = expand(encoded, [len(rows)] * count, plan.prompt.image.token_id)
-        sequence = torch.tensor(ids)
-        for start, length in spans:
-            sequence[start : start + length] = plan.decoder.vocab_size + torch.arange(length)
-        n = len(ids)
-        table = next(i for i, limit in enumerate(plan.decoder.limits) if n <= limit)
-        attend = Eager(whole, torch.arange(n) + table * plan.decoder.max_seq_len, [n])
-        whole(sequence, rows, attend, torch.tensor([0]), torch.arange(n))
+        run(whole, plan, line["prompt"], rows, len(line.get("urls", [])))
     del seen["head"]
     assert_ranges(decoder, seen)
+
+
+def run(decoder: nn.Module, plan: Plan, prompt: str, rows: Tensor, count: int) -> Tensor:
+    """The prompt alone, with `count` times the picture of these rows; which tokens are the picture's."""
+    encoded = PromptEncoder(plan.prompt, plan.tokenizer).encode_prompt(prompt, [None] * count)
+    ids, spans = expand(encoded, [len(rows)] * count, plan.prompt.image.token_id)
+    sequence = torch.tensor(ids)
+    for start, length in spans:
+        sequence[start : start + length] = plan.decoder.vocab_size + torch.arange(length)
+    n = len(ids)
+    table = next(i for i, limit in enumerate(plan.decoder.limits) if n <= limit)
+    attend = Eager(decoder, torch.arange(n) + table * plan.decoder.max_seq_len, [n])
+    decoder(sequence, rows, attend, None, torch.arange(n))
+    return sequence >= plan.decoder.vocab_size
+
+
+def test_each_layer_is_rounded_for_what_the_rounded_ones_before_it_give(
+    plan: Plan, tmp_path: Path, red_circle: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What it was rounded for is what it reads in the whole decoder when all is rounded: the mean of pictures
+    and that of text, added."""
+    prompts = {f"{plan.prompt.image.tags[0]}\nWhat is this?": [str(red_circle)], "Hello, world!": []}
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps({"prompt": p, "urls": urls}) for p, urls in prompts.items()))
+    given: list[Tensor] = []
+    real = gptq.rounded
+
+    def spy(rows: Any, squares: Tensor) -> Any:
+        given.append(squares.clone())
+        return real(rows, squares)
+
+    monkeypatch.setattr(gptq, "rounded", spy)
+    weights = rounded(plan, data)
+    monkeypatch.undo()
+
+    seen = {}
+    for kind in ("rounded", "exact"):
+        decoder = filled(Decoder(plan.decoder), plan.decoder_weights)
+        if kind == "rounded":
+            for name, weight in weights.items():
+                for part in weight.own:
+                    decoder.get_parameter(name).copy_(part.read(0, part.shape[0]))
+        seen[kind] = inputs_of(decoder)
+        tower = filled(plan.make_vision(), plan.vision_weights)
+        with Image.open(red_circle) as image:
+            rows = tower(torch.from_numpy(preprocess(image, plan.vision)[None]))[0]
+        image = torch.cat([run(decoder, plan, p, rows, len(urls)) for p, urls in prompts.items()])
+    assert int(image.sum()) == plan.vision.tokens
+
+    def squares_of(tensors: list[Tensor]) -> Tensor:
+        x = torch.cat(tensors)
+        return sum((part.t() @ part / len(part) for part in (x[image], x[~image])), torch.zeros(()))
+
+    assert len(given) == len(seen["rounded"]) == 4 * plan.decoder.layers + 1
+    for i, (name, squares) in enumerate(zip(seen["rounded"], given, strict=True)):
+        wanted, exact = (squares_of(seen[kind][name]) for kind in ("rounded", "exact"))
+        assert float((squares - wanted).norm() / wanted.norm()) < 1e-4, name
+        if i:  # and not what the exact ones give
+            assert float((squares - exact).norm() / wanted.norm()) > 1e-3, name
+
+
+def test_of_too_many_prompts_as_many_are_used_as_fit(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(calibration, "ROUNDING", 100)
+    data = tmp_path / "data.jsonl"
+    lines = [json.dumps({"prompt": f"Hello, world number {i}!" * 3}) for i in range(50)]
+    data.write_text("\n".join(lines))
+    told: list[str] = []
+    rounded(plan, data, told.append)
+    found = re.search(r"rounding the decoder for (\d+) tokens, (\d+) of 50 prompts", told[-1])
+    assert found and 50 < int(found[1]) <= 100 and 1 <= int(found[2]) < 10
+
+
+def test_lines_may_be_chats(plan: Plan, tmp_path: Path, red_circle: Path):
+    content = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+    messages = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": "a red circle"},
+        {"role": "user", "content": [*content, {"type": "image", "image": "own.png"}]},
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"messages": messages, "urls": [str(red_circle), "other.png"]}))
+    [found] = calibration._encoded(plan, data)
+    assert found.sources == [red_circle, tmp_path / "other.png", tmp_path / "own.png"]
+    expected = PromptEncoder(plan.prompt, plan.tokenizer).encode_chat(messages, ["a", "b"])
+    assert found.ids == expected.ids and found.slots == expected.slots
 
 
 def test_default_data_are_texts_and_pictures(plan: Plan):
@@ -131,6 +209,14 @@ def test_one_linear_layer_is_in_memory_at_a_time(plan: Plan):
         ('{"text": "a"}', "line 1"),
         ("\n", "has no prompts"),
         ('{"prompt": "a", "urls": "x.png"}', "line 1"),
+        ('{"prompt": "a", "messages": []}', 'expected {"prompt": "…", "urls": ["FILE", …]} or {'),
+        ('{"messages": "a"}', "line 1: messages is str, expected a list"),
+        ('{"messages": []}', "line 1: messages hold no text"),
+        ('{"messages": [{"role": "me", "content": "a"}]}', "line 1: messages[0].role is 'me', expected"),
+        ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "line 1: the messages have 1"),
+        ('{"prompt": "<image>", "urls": []}', "line 1: the prompt has 1 image tag, 0 images were given"),
+        ('{"prompt": "<image>", "urls": [5]}', "line 1: a picture is 5, expected a file's path"),
+        ('{"prompt": "<image>", "urls": ["http://a/b.png"]}', "picture is 'http://a/b.png', expected"),
     ],
 )
 def test_a_line_that_is_wrong_is_named(text: str, part: str, sample_llava: Path, tmp_path: Path):

@@ -596,6 +596,24 @@ def test_torchscript_tells_of_its_bytes_to_the_last(sample_qwen: Path, tmp_path:
     assert {p.text.split()[0] for p in counted} >= {"vision", "decoder"}
 
 
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ({"precision": "int8"}, "for int4 of onnxruntime on the cpu, not for int8 of onnxruntime on cpu"),
+        ({"precision": "fp32", "vision_precision": "int4"}, "not for fp32 of onnxruntime on cpu"),
+        ({"device": "cuda"}, "not for bf16 of onnxruntime on cuda"),
+        ({"backend": "tensorrt", "precision": "int4"}, "not for int4 of tensorrt on cuda"),
+        ({"precision": "int4"}, "calibration data no/such cannot be read"),
+    ],
+)
+def test_calibration_is_refused_where_nothing_uses_it(
+    options: Any, says: str, checkpoints: Path, tmp_path: Path
+):
+    call = lambda: export(checkpoints / "llava", tmp_path / "b", **options, calibration="no/such")  # noqa: E731
+    refused(UserError, says, call=call)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_calibration_data_that_changed_is_another_export(checkpoints: Path, tmp_path: Path):
     data, options = tmp_path / "data.jsonl", {"backend": "tensorrt", "precision": "int8"}
     said: list[str] = []

@@ -18,7 +18,7 @@ import torch
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 
-from rtp_llm.errors import CheckpointError, NotSupportedYet
+from rtp_llm.errors import CheckpointError, NotSupportedYet, UserError
 from rtp_llm.export.attention import Eager
 from rtp_llm.export.checkpoint import Checkpoint, Weight
 from rtp_llm.export.decoder import Decoder
@@ -402,6 +402,14 @@ def test_auto_keeps_what_the_checkpoint_has_where_the_target_can_and_says_so(
         export(checkpoint("llava", name)[0], tmp_path / "out", backend=backend, progress=listen)
     assert config_of(name)["quant_method"] in said[1] and says in said[1]
     assert said[2].startswith(f"precision {precision}: ")
+
+
+def test_what_is_quantised_already_is_not_rounded_for_calibration_data(checkpoint: Any, tmp_path: Path):
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"prompt": "Hello"}))
+    packed = checkpoint("llava", "gptq-act")[0]
+    call = lambda: export(packed, tmp_path / "out", calibration=data)  # noqa: E731
+    refused(UserError, "the checkpoint is quantised already: gptq, int4", call=call)
 
 
 def dequantised(file: Path) -> dict[str, np.ndarray]:
