@@ -432,6 +432,7 @@ def _inspect(args: argparse.Namespace) -> int:
     tags = [*p.image.tags, *(["URL".join(p.image.url_tag)] if p.image.url_tag else [])]
     total = sum(f.size for f in bundle.files.values())
     device = " on a GPU" if bundle.backend == "onnxruntime" and m.attention != "gqa" else ""
+    calibration = bundle.origin.options.get("calibration")
     _table([
         ("bundle", f"{bundle.name} (schema {bundle.schema}), {_size(total)} in {bundle.path}"),
         ("runs on", f"{bundle.backend}{device}, {bundle.precision}"),
@@ -446,6 +447,7 @@ def _inspect(args: argparse.Namespace) -> int:
         ("ends at", f"ids {g.eos_ids}" + (f", words {g.stop_words}" if g.stop_words else "")),
         ("defaults", ", ".join(f"{k}={v}" for k, v in g.defaults.items()) or "none"),
         ("made from", f"{bundle.origin.checkpoint} ({bundle.origin.fingerprint[:16]})"),
+        *([("calibrated", f"{calibration['file']} ({calibration['sha256'][:16]})")] if calibration else []),
         ("made by", ", ".join(f"{k} {v}" for k, v in bundle.origin.tools.items())),
     ])  # fmt: skip
     for key, graph in bundle.graphs.items():

@@ -15,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rtp_llm import cli
 from rtp_llm.export import bundle as bundles
 from rtp_llm.export import calibrate as calibration
 from rtp_llm.export.calibrate import rounded as rounded_for
@@ -132,7 +133,7 @@ def shapes() -> Any:
 
 
 def test_a_calibrated_bundle_is_closer_to_float32_and_as_large(
-    sample_qwen: Path, qwen_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sample_qwen: Path, qwen_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ):
     monkeypatch.setattr(calibration, "ROUNDING", 6000)
     scenes, plan = shapes(), plan_of(sample_qwen, "qwen_vl")
@@ -158,6 +159,8 @@ def test_a_calibrated_bundle_is_closer_to_float32_and_as_large(
     assert any("tokens, 20 of 24 prompts" in line for line in said)
     files = [made[key].read_path("decoder.onnx.data") for key in ("plain", "calibrated")]
     assert files[0].stat().st_size == files[1].stat().st_size
+    assert cli.main(["inspect", str(tmp_path / "calibrated")]) == 0
+    assert f"calibrated  {data} (" in capsys.readouterr().out
 
     expected = rounded_for(plan, data)
     found = products(made["calibrated"].read_path("decoder.onnx"))
