@@ -222,17 +222,18 @@ class Gqa(Lowering):
         lengths = torch.where(lone, group, 0).to(torch.int32)
         ends = torch.where(lone, last + (group - 1), last)
         self.folded = (ends, total), self.positions[:, :1].expand(slots, group), bias, lengths
-        width: Any = self.query_seqlens.max().item()
+        most = self.query_seqlens.max()
+        width: Any = most.item()
         torch._check(width >= 0)
         self.cells = slots * width
-        until = _op("Reshape", self.query_seqlens.max().to(torch.int64), _ints(1), shape=[1])
+        until = _op("Reshape", most.to(torch.int64), _ints(1), shape=[1])
         self.positions, self.pad_rows = (
             _op("Slice", x, _ints(0), until, _ints(1), shape=[slots, width])
             for x in (self.positions, self.pad_rows)
         )
         slot = self.packed_rows // longest
-        row = torch.where(lone[slot], self.cells + slot, self.packed_rows - slot * (longest - width))
-        self.packed_rows = row
+        kept = self.packed_rows - slot * (longest - width)
+        self.packed_rows = torch.where(lone[slot], self.cells + slot, kept)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         c, inputs = self.c, self.inputs

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, NotSupportedYet
 from .checkpoint import CHUNK, Checkpoint, Fields, Weight
-from .quantize import block_of, dequantize
+from .quantize import block_of, dequantize, stored
 
 PARTS = ("qzeros", "scales", "g_idx", "weight_scale", "weight_scale_inv", "input_scale")
 PLACES = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])  # of AWQ's outputs 0 … 7 in their number
@@ -240,9 +240,8 @@ class Int4:
     def packed(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
         """Rows [start, stop) as MatMulNBits stores them, like quantize.quantize, in blocks of `block`."""
         q, scales, zeros = self.values(start, stop)
-        zeros = self.blocks(zeros)
-        q = pack(F.pad(q, (0, -self.shape[1] % self.block))).unflatten(1, (-1, self.block // 2))
-        return q, self.blocks(scales), pack(F.pad(zeros, (0, zeros.shape[1] % 2)))
+        q = F.pad(q, (0, -self.shape[1] % self.block)).unflatten(1, (-1, self.block))
+        return stored(q, self.blocks(scales), self.blocks(zeros), 4)
 
 
 class Fp8:
@@ -380,8 +379,3 @@ def unpack(words: Tensor) -> Tensor:
     """int32 [rows, n] → uint8 [rows, 8 n], four bits each from the lowest on."""
     bytes_ = words.view(torch.uint8)
     return torch.stack([bytes_ & 15, bytes_ >> 4], -1).flatten(1)
-
-
-def pack(q: Tensor) -> Tensor:
-    """uint8 below 16, [rows, 2 n] → [rows, n], the first of each pair in the low half."""
-    return q[:, 0::2] | (q[:, 1::2] << 4)

@@ -23,12 +23,11 @@ from rtp_llm.runtime.request import GenerateResponse
 from rtp_llm.runtime.triton_client import TritonPipeline
 from rtp_llm.runtime.tritonserver.launch import Tritonserver
 
-from .calls import until
+from .calls import LONG, until
 
 IMAGES = Path(__file__).parents[1] / "images"
 RED, STAR = IMAGES / "red_circle.png", IMAGES / "blue_star.png"
 WHAT = "Picture 1:<img/>\nWhat is this?"
-LONG = {"max_new_tokens": 8000, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
