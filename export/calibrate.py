@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError, shown
@@ -72,9 +73,10 @@ def calibrate(
 
 def rounded(plan: Plan, data: Path, tell: Callable[[str], None] = lambda _: None) -> dict[str, Weight]:
     """The decoder's weights, with those of its linear layers and its head rounded to int4 for the inputs that
-    the prompts of `data` give them behind rounded layers. Of more than ROUNDING tokens, as many prompts are
-    used as these hold, picked at random. The text's tokens count as much as the pictures', which are nine of
-    ten and say less of an answer (Li et al., arXiv:2412.19509, weigh them too).
+    the prompts of `data` give them behind rounded layers, towards what they give without. Of more than
+    ROUNDING tokens, as many prompts are used as these hold, picked at random. The text's tokens count as much
+    as the pictures', which are nine of ten and say less of an answer (Li et al., arXiv:2412.19509, weigh them
+    too).
 
     data: as `calibrate` takes it. Raises UserError naming a line that is wrong.
     """
@@ -88,7 +90,7 @@ def rounded(plan: Plan, data: Path, tell: Callable[[str], None] = lambda _: None
         f"{len(used)} of {len(encoded)} prompts"
     )
     rounder, weights = _Rounder(torch.cat(sequences) >= plan.decoder.vocab_size, tell), plan.decoder_weights
-    last = _decoder(plan, [sequences], rows, rounder)
+    last = _decoder(plan, [sequences * 2], rows, rounder)
     rounder.round("head", weights["head.weight"], last)
     own = {f"{name}.weight": found for name, found in rounder.found.items()}
     return {k: replace(w, own=(own[k],)) if k in own else w for k, w in weights.items()}
@@ -132,7 +134,8 @@ def _inputs(
     with torch.device("meta"):
         tower = plan.make_vision()
     tell(f"calibrating: {len(pixels)} pictures through the vision tower")
-    with torch.no_grad(), watch.watching(tower, plan.vision_weights):
+    watch.stream(tower, plan.vision_weights)
+    with torch.no_grad():
         for at in range(0, len(pixels), PICTURES):
             features.append(tower(torch.from_numpy(np.stack(pixels[at : at + PICTURES]))))
     rows = torch.cat(features).flatten(0, 1) if features else torch.zeros(1, plan.decoder.hidden_size)
@@ -169,7 +172,8 @@ def _decoder(plan: Plan, batches: Iterable[list[Tensor]], rows: Tensor, watch: _
     decoder.set_submodule("head", nn.Identity())
     for name, table in constants(c).items():
         decoder.register_buffer(name, table, persistent=False)
-    with torch.no_grad(), watch.watching(decoder, weights):
+    watch.stream(decoder, weights)
+    with torch.no_grad():
         for batch in batches:
             lengths = [len(s) for s in batch]
             positions = torch.cat([torch.arange(n) for n in lengths])
@@ -203,41 +207,38 @@ class _Watch:
             for name, amax in self.amax.items()
         }
 
-    def load(self, name: str, weight: Weight, x: Tensor) -> Tensor:
-        """The weight of a layer that is about to read x [..., in]."""
+    def product(self, name: str, weight: Weight, x: Tensor) -> Tensor:
+        """What a layer makes of x [..., in], but for its bias."""
         self.amax[name] = max(self.amax.get(name, 0.0), float(x.abs().max()))
         self.sizes.setdefault(name, []).append(x.flatten(0, -2).square().mean(-1).sqrt())
-        return weight.read()
+        return F.linear(x, weight.read())
 
-    @contextlib.contextmanager
-    def watching(self, module: nn.Module, weights: Mapping[str, Weight]) -> Iterator[None]:
-        hooks = []
+    def stream(self, module: nn.Module, weights: Mapping[str, Weight]) -> None:
+        """Gives a module on the meta device its weights, those of its linear layers whenever they run."""
         for name, weight in weights.items():
             owner, _, parameter = name.rpartition(".")
             child = module.get_submodule(owner)
-            if not isinstance(child, nn.Linear):
+            if not isinstance(child, nn.Linear | _Streamed):
                 setattr(child, parameter, nn.Parameter(weight.read(), requires_grad=False))
             elif parameter == "weight":
-                own = {p: weights[f"{owner}.{p}"] for p, _ in child.named_parameters()}
-                hooks += self._stream(owner, child, own)
-        yield
-        for hook in hooks:
-            hook.remove()
+                module.set_submodule(owner, _Streamed(self, owner, weight, weights.get(f"{owner}.bias")))
 
-    def _stream(self, name: str, linear: nn.Linear, weights: Mapping[str, Weight]) -> list[Any]:
-        def before(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            for parameter, weight in weights.items():
-                value = self.load(name, weight, args[0]) if parameter == "weight" else weight.read()
-                setattr(linear, parameter, nn.Parameter(value, requires_grad=False))
 
-        def after(*_: Any) -> None:
-            linear.to("meta")
+class _Streamed(nn.Module):
+    """A linear layer whose weight is read when it runs."""
 
-        return [linear.register_forward_pre_hook(before), linear.register_forward_hook(after)]
+    def __init__(self, watch: _Watch, name: str, weight: Weight, bias: Weight | None):
+        super().__init__()
+        self.watch, self.name, self.weight, self.bias = watch, name, weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.watch.product(self.name, self.weight, x)
+        return out if self.bias is None else out.add_(self.bias.read())
 
 
 class _Rounder(_Watch):
-    """Rounds each layer for the inputs that it reads, and lets it go on with what it became.
+    """Rounds each layer for what it reads. Two models run as one of twice the tokens: the first half goes on
+    with the layers as they were, the second with what they became.
 
     image: bool [T], which tokens are a picture's.
     """
@@ -245,23 +246,32 @@ class _Rounder(_Watch):
     def __init__(self, image: Tensor, tell: Callable[[str], None]) -> None:
         super().__init__()
         self.found: dict[str, Rounded] = {}
-        self.scale = torch.where(image, image.sum(), (~image).sum()).rsqrt().unsqueeze(1)
+        share = torch.where(image, image.sum(), (~image).sum())
+        self.share = share.reciprocal().unsqueeze(1)
         self.tell, self.told = tell, time.monotonic()
 
-    def load(self, name: str, weight: Weight, x: Tensor) -> Tensor:
+    def product(self, name: str, weight: Weight, x: Tensor) -> Tensor:
+        exact, inputs = x.chunk(2)
         found = self.round(name, weight, x)
         height, width = found.shape
+        out = x.new_empty(len(x), height)
         step = max(1, CHUNK // width)
-        return torch.cat([found.read(low, low + step) for low in range(0, height, step)])
+        for low in range(0, height, step):
+            rows = slice(low, min(low + step, height))
+            out[: len(exact), rows] = exact @ weight.read(rows.start, rows.stop).t()
+            out[len(exact) :, rows] = inputs @ found.read(rows.start, rows.stop).t()
+        return out
 
     def round(self, name: str, weight: Weight, x: Tensor) -> Rounded:
+        """x [2 T, in], the exact model's inputs before those of the rounded one."""
         if time.monotonic() > self.told + 20:
             self.tell(f"calibrating: rounding {name}")
             self.told = time.monotonic()
-        x = x * self.scale
+        exact, inputs = x.chunk(2)
+        shared = inputs * self.share
         try:
             # long columns: the loop over them is Python's
-            data = gptq.rounded(weight.chunks(4 * CHUNK), x.t() @ x)
+            data = gptq.rounded(weight.chunks(4 * CHUNK), inputs.t() @ shared, exact.t() @ shared)
         except ValueError as e:
             raise UserError(f"layer {name} cannot be rounded for the calibration data: {e}") from e
         self.found[name] = Rounded(x.shape[1], data)

@@ -1,9 +1,15 @@
-"""Rounding to 4 bits that looks at a layer's inputs: GPTQ (Frantar et al., arXiv:2210.17323).
+"""Rounding to 4 bits that looks at a layer's inputs: GPTQ (Frantar et al., arXiv:2210.17323), towards what
+the unrounded model gives (as GPTAQ does, Li et al., arXiv:2504.02692).
 
-A product with rounded weights Q errs by |(W − Q) X|², which is not least where every weight is nearest to its
-own. The columns of W [R, K] are rounded one after another, and what rounding leaves of one is made up for by
-those still to come, as optimal brain surgeon says: with the squares H = mean of x xᵀ over the inputs x
-and column i rounded to q,
+A product with rounded weights Q [R, K] errs by |Q x − W x̃|², x̃ being its input in the unrounded model and x
+what the rounded layers before it make of that. With H = mean of x xᵀ this is |(Q − W*) x|², and a rest that
+no Q changes, for
+
+    W* = W + W · mean of (x̃ − x) xᵀ · H⁻¹
+
+which is W's least-squares answer to the errors so far. It is not least where every weight is nearest to its
+own: the columns of W* are rounded one after another, and what rounding leaves of one is made up for by those
+still to come, as optimal brain surgeon says: with column i rounded to q,
 
     w_j ← w_j − (w_i − q) · U_ij / U_ii    for j > i,    UᵀU = H⁻¹, U upper triangular
 
@@ -11,7 +17,7 @@ Columns come in falling order of H's diagonal ("act-order"): the inputs that cou
 there is most left to make up with. Scales and zero points are those of plain rounding, fixed before ("static
 groups"), so that values go back to their own places: the file knows no order, and running it costs nothing.
 
-Cost: K³ for U, and R K² for the columns, which is K / 2T of the product of W with T inputs.
+Cost: 5 K³ for U and W*, and 2 R K² for the columns, which is K / T of the product of W with T inputs.
 """
 
 from __future__ import annotations
@@ -28,14 +34,18 @@ TRIES = 4  # each with ten times the damping
 LAZY = 128  # columns whose errors reach the later ones together
 
 
-def rounded(rows: Iterable[Tensor], squares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def rounded(rows: Iterable[Tensor], squares: Tensor, cross: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A weight [R, K], float32, in chunks of its rows → what quantize.quantize(weight, 4) stores it as.
 
-    squares: float32 [K, K], a mean of x xᵀ over the layer's inputs x. Chunks take six times their memory,
-    `squares` five times. Raises ValueError where `squares` holds what is no number.
+    squares, cross: float32 [K, K], the means of x xᵀ and of x̃ xᵀ over the layer's inputs x, and what the
+    unrounded model has in their place. Chunks take seven times their memory, these five times theirs. Raises
+    ValueError where `squares` holds what is no number.
     """
     order, upper = _surgeon(squares)
-    values, scales, zero_points = zip(*(_rounded(chunk, order, upper) for chunk in rows), strict=True)
+    change = torch.empty_like(squares)
+    change[:, order] = (cross - squares)[:, order] @ upper.t() @ upper
+    found = (_rounded(torch.addmm(chunk, chunk, change), order, upper) for chunk in rows)
+    values, scales, zero_points = zip(*found, strict=True)
     return torch.cat(values), torch.cat(scales), torch.cat(zero_points)
 
 
