@@ -61,7 +61,7 @@ class ModelConfig:
     kv_cache_bytes: int | None = None
     image_cache_bytes: int = 2**28
     max_batch_size: int = 16
-    token_budget: int = 512
+    token_budget: int | None = None
     step_ms: int = 200
     deterministic: bool = False
     speculation: bool = False

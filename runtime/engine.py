@@ -87,14 +87,15 @@ class _Job:
 
 
 class Engine:
-    """`token_budget`: tokens of one step. `max_running`: sequences side by side. `step_ms`: about how long
-    running answers may wait for a chunk of somebody's prompt. `encode`: in place of the backend's."""
+    """`token_budget`: tokens of one step; None: the backend's. `max_running`: sequences side by side.
+    `step_ms`: about how long running answers may wait for a chunk of somebody's prompt. `encode`: in place
+    of the backend's."""
 
     def __init__(
         self,
         backend: Backend,
         model: ModelSpec,
-        token_budget: int = 512,
+        token_budget: int | None = None,
         image_cache_bytes: int = 2**28,
         max_running: int | None = None,
         step_ms: float = 200,
@@ -104,7 +105,8 @@ class Engine:
         self.model = model
         sizes = backend.slots, backend.slot_tokens, backend.budget_blocks
         self.cache = BlockCache(*sizes) if backend.paged else SlotCache(*sizes, cast(SlotMemory, backend))
-        self.scheduler = Scheduler(self.cache, token_budget, max_running, backend.drafts)
+        budget = backend.token_budget if token_budget is None else token_budget
+        self.scheduler = Scheduler(self.cache, budget, max_running, backend.drafts)
         self.images = EmbeddingCache(image_cache_bytes, ELSEWHERE if encode else BATCH)
         self.observer: Observer | None = None
         self.step_ms = step_ms

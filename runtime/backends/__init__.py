@@ -29,6 +29,7 @@ class Backend(Protocol):
     mixes: bool  # decodes and chunks of prompts go through one `step`; else each through its own
     paged: bool  # the cache is one pool of `budget_blocks` blocks, found by `Step.tables`; else slots
     drafts: bool  # a decode may have several tokens of a sequence, for the price of about one
+    token_budget: int  # tokens of a step that it computes fastest
     samples: bool  # `step` picks the tokens of rows that have a draw; else it returns all logits
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ class FakeBackend:
 
     mixes = drafts = True
     block_bytes = 16 * 8
+    token_budget = 512
 
     def __init__(
         self,

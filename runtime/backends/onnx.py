@@ -64,6 +64,9 @@ class OnnxBackend:
 
     mixes = paged = samples = False
     drafts = True
+    # A prefill is 1.02 to 1.04 times as fast as in steps of 512, whose activations fall out of the cores'
+    # caches, and takes half the memory. In steps of 128 it is no faster.
+    token_budget = 256
 
     def __init__(
         self,

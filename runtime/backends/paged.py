@@ -38,6 +38,7 @@ class PagedBackend(ABC):
 
     mixes = paged = True
     samples = True
+    token_budget = 512
     captures: ClassVar[bool] = True  # decodes are replayed from CUDA graphs
 
     def __init__(

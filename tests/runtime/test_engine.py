@@ -957,3 +957,10 @@ def test_a_request_during_a_stop_is_answered_by_the_next_start(slow: Engine) -> 
     assert (late.heard.tokens, late.heard.reason) == late.alone()
     stopping.join(WAIT)
     asking.join(WAIT)
+
+
+def test_a_step_has_as_many_tokens_as_the_backend_likes_unless_told():
+    backend = Backend()
+    backend.token_budget = 96
+    for told, budget in ((None, 96), (64, 64)):
+        assert Engine(backend, MODEL, told).scheduler.token_budget == budget
