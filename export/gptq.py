@@ -17,7 +17,7 @@ Columns come in falling order of H's diagonal ("act-order"): the inputs that cou
 there is most left to make up with. Scales and zero points are those of plain rounding, fixed before ("static
 groups"), so that values go back to their own places: the file knows no order, and running it costs nothing.
 
-Cost: 5 K³ for U and W*, and 2 R K² for the columns, which is K / T of the product of W with T inputs.
+Cost: 3 K³ for U and W*, and 2 R K² for the columns, which is K / T of the product of W with T inputs.
 """
 
 from __future__ import annotations
@@ -38,19 +38,17 @@ def rounded(rows: Iterable[Tensor], squares: Tensor, cross: Tensor) -> tuple[Ten
     """A weight [R, K], float32, in chunks of its rows → what quantize.quantize(weight, 4) stores it as.
 
     squares, cross: float32 [K, K], the means of x xᵀ and of x̃ xᵀ over the layer's inputs x, and what the
-    unrounded model has in their place. Chunks take seven times their memory, these five times theirs. Raises
+    unrounded model has in their place. Chunks take seven times their memory, these three times theirs. Raises
     ValueError where `squares` holds what is no number.
     """
-    order, upper = _surgeon(squares)
-    change = torch.empty_like(squares)
-    change[:, order] = (cross - squares)[:, order] @ upper.t() @ upper
+    order, upper, change = _surgeon(squares, cross)
     found = (_rounded(torch.addmm(chunk, chunk, change), order, upper) for chunk in rows)
     values, scales, zero_points = zip(*found, strict=True)
     return torch.cat(values), torch.cat(scales), torch.cat(zero_points)
 
 
-def _surgeon(squares: Tensor) -> tuple[Tensor, Tensor]:
-    """The order of the columns int64 [K], and U float32 [K, K] in that order."""
+def _surgeon(squares: Tensor, cross: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The columns' order int64 [K], U float32 [K, K] in that order, and (cross − H) H⁻¹ in their own."""
     order = squares.diagonal().argsort(descending=True, stable=True)
     # H backwards = L Lᵀ; turned round, L⁻¹ is U: no inverse of H, which is worse conditioned
     back = order.flip(0)
@@ -61,8 +59,10 @@ def _surgeon(squares: Tensor) -> tuple[Tensor, Tensor]:
         lower, failed = torch.linalg.cholesky_ex(damped)
         del damped
         if not failed:
+            change = torch.empty_like(squares)
+            change[back] = torch.cholesky_solve((cross - squares).t()[back], lower)
             inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower)), upper=False)
-            return order, inverse.flip(0, 1)
+            return order, inverse.flip(0, 1), change.t()
         damping *= 10
     raise ValueError(f"the inputs' squares have no Cholesky factor: their mean is {float(squares.mean())}")
 
