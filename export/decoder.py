@@ -154,7 +154,7 @@ class Decoder(nn.Module):
     sin: Tensor
     logn: Tensor  # [max_seq_len, 1]
 
-    EXACT = ("head",)  # never less than 16 bits in an engine: see quantize.swap
+    EXACT = FINE = ("head",)  # never less than 16 bits in an engine, smaller blocks on a CPU: quantize.swap
 
     def __init__(self, config: DecoderConfig):
         super().__init__()

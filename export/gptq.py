@@ -69,7 +69,7 @@ def _surgeon(squares: Tensor, cross: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _rounded(weights: Tensor, order: Tensor, upper: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     columns, block = weights.shape[1], block_of(weights.shape[1], 4)
-    scales, zeros = grid(in_blocks(weights, 4), 4)
+    scales, zeros = grid(in_blocks(weights, block), 4)
     by_block = scales.t().contiguous(), zeros.t().contiguous()
     w = weights.t()[order]  # a column is contiguous
     q = zeros.t().repeat_interleave(block, 0)  # what fills a last, partial block stays so: zero

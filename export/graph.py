@@ -321,14 +321,15 @@ class GraphPlan:
                 writer.put(file, place(name), self.constants[short], key, short)
             elif base not in self.weights:
                 raise InternalError(f"{key} graph: nothing fills the tensor {name}")
-            elif kind in ("int4", "int8") or (kind == "own-int4" and self.kind == "cpu"):
+            elif kind.startswith("int") or (kind == "own-int4" and self.kind == "cpu"):
                 places = [place(self.root + base)]
                 places += [place(stem + part) for part in ("scales", "zero_points")]
                 weight = self.weights[base]
                 if kind == "own-int4":
                     pieces = (part.packed(low, high) for part, low, high in packed.spans(weight))
                 else:
-                    pieces = (quantize(rows, int(kind[3:])) for rows in weight.chunks())
+                    numbers = [int(n) for n in kind[3:].split("-")]  # bits, and a block that is not usual
+                    pieces = (quantize(rows, *numbers) for rows in weight.chunks())
                 writer.put_quantized(file, places, pieces, key, base)
             elif kind.startswith(("qdq-", "own-")):
                 value = waiting[stem + "weight"]

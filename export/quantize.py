@@ -13,7 +13,8 @@ streams together five sixths (AVX-512, Zen 5). The relative error on Gaussian we
 A least-squares scale wins another 0.05 points, the best of seven cuts for each block 0.15. 8 bits are 1.25,
 1.125 and 1.06 bytes, 0.48, 0.54 and 0.59 %, and gain little from a cut or in speed; in blocks of 128 the
 bits of a row depend on whether it has a partner (AVX-512 kernels of ONNX Runtime 1.32), as they do at 4
-bits from 64 on.
+bits from 64 on. A product rounds its inputs in blocks as large. Half of what 8 bits do to an answer happens
+in the head, whose blocks are therefore of 32.
 
 For engines and TorchScript, 16 bits: a product has its operands in 16 bits and everything between two
 products is float32 (norms, softmax, rope, activations, residual sums), because the new modules take and
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 BITS = {"int4": 4, "int8": 8}
 BLOCKS = {4: 128, 8: 64}  # bits → weights that share a scale, where that divides a row
+FINE = 32  # at 8 bits, of the layers that a module's class names in FINE
 CUT = {4: 0.93, 8: 1.0}  # of a block's range: what lies outside is clipped
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -49,24 +51,23 @@ def block_of(columns: int, bits: int) -> int:
     return next((b for b in (BLOCKS[bits], *smaller) if columns % b == 0), BLOCKS[bits])
 
 
-def quantize(weights: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+def quantize(weights: Tensor, bits: int, block: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """float32 [R, K] → packed uint8 [R, blocks, block · bits / 8], scales float32 [R, blocks],
     zero points uint8 [R, ceil(blocks · bits / 8)], as MatMulNBits stores them.
 
-    block = block_of(K, bits), blocks = ceil(K / block); step = (high − low) / (2^bits − 1) with low ≤ 0 ≤
-    high the block's range, zero point = round(−low / step), scale = CUT[bits] · step, q = round(weight /
+    block: default block_of(K, bits); blocks = ceil(K / block); step = (high − low) / (2^bits − 1) with low ≤
+    0 ≤ high the block's range, zero point = round(−low / step), scale = CUT[bits] · step, q = round(weight /
     scale) + zero point, clipped, halves to even. Values of 4 bits are packed low half first; a last,
     partial block is filled with zeros.
     """
-    blocks = in_blocks(weights, bits)
+    blocks = in_blocks(weights, block or block_of(weights.shape[1], bits))
     scales, zeros = grid(blocks, bits)
     q = blocks / scales.unsqueeze(-1)
     return stored(q.round_().add_(zeros.unsqueeze(-1)).clamp_(0, 2**bits - 1), scales, zeros, bits)
 
 
-def in_blocks(weights: Tensor, bits: int) -> Tensor:
+def in_blocks(weights: Tensor, block: int) -> Tensor:
     """[R, K] → [R, blocks, block]."""
-    block = block_of(weights.shape[1], bits)
     return F.pad(weights, (0, -weights.shape[1] % block)).unflatten(1, (-1, block))
 
 
@@ -125,8 +126,10 @@ class QuantLinear(_Quantized):
     beside zero points.
     """
 
-    def __init__(self, linear: nn.Linear, bits: int, own: Int4 | Rounded | None = None):
-        block = own.block if own else block_of(linear.in_features, bits)
+    def __init__(
+        self, linear: nn.Linear, bits: int, own: Int4 | Rounded | None = None, block: int | None = None
+    ):
+        block = own.block if own else block or block_of(linear.in_features, bits)
         super().__init__(linear.out_features, linear.in_features, bits, block)
         self.bias = linear.bias
         self.sort = Sort(own)
@@ -333,12 +336,12 @@ def swap(
     layers, by their names in `module`, for fp8 and int8 engines; ValueError where one is missing. `weights`:
     by parameter, for those that come quantised; `packed.apart` has been over them.
 
-    Returns how each weight must be stored, in its parameter's dtype: name → "int4" or "int8" (`quantize`;
-    `x.weight` becomes `x.weight`, `x.scales` and `x.zero_points`), "rows" (`quantize_rows`; `x.weight` and
-    `x.scales`), "qdq-fp8", "qdq-int8" or "qdq-int4" (qdq.columns; likewise, and `x.input_scale`), "own-int4"
-    or "own-fp8" (the checkpoint's or gptq.py's, for the same modules; and `x.sort.order`) or "transposed";
-    those not named are stored as they are. A head that is tied to the embedding stays so in 16 bits: one
-    parameter, [vocab, hidden].
+    Returns how each weight must be stored, in its parameter's dtype: name → "int4", "int8" or "int8-32", with
+    blocks of 32 (`quantize`; `x.weight` becomes `x.weight`, `x.scales` and `x.zero_points`), "rows"
+    (`quantize_rows`; `x.weight` and `x.scales`), "qdq-fp8", "qdq-int8" or "qdq-int4" (qdq.columns; likewise,
+    and `x.input_scale`), "own-int4" or "own-fp8" (the checkpoint's or gptq.py's, for the same modules; and
+    `x.sort.order`) or "transposed"; those not named are stored as they are. A head that is tied to the
+    embedding stays so in 16 bits: one parameter, [vocab, hidden].
     """
     from . import packed, qdq
 
@@ -347,7 +350,7 @@ def swap(
         if f"{name}.parts.0.weight" in weights and isinstance(child, nn.Linear):
             parts = (w.parts[0][1][0] for n, w in weights.items() if n.startswith(f"{name}.parts."))
             module.set_submodule(name, Parts(child, list(parts)))
-    wide, exact = _named(module, "WIDE"), _named(module, "EXACT")
+    wide, exact, fine = (_named(module, name) for name in ("WIDE", "EXACT", "FINE"))
     tied = {m.weight for m in module.modules() if isinstance(m, nn.Embedding)}
     halves: dict[Tensor, Tensor] = {}  # a table's parameter → the one in its place
     half = HALVES.get(precision, dtype)
@@ -363,6 +366,8 @@ def swap(
             own = packed.alike(weights.get(f"{name}.weight")) if precision in ("int4", "fp8") else None
             if target == "cpu" and precision == "int4" and isinstance(own, packed.Int4 | packed.Rounded):
                 new, kind = QuantLinear(child, 4, own), "own-int4"
+            elif target == "cpu" and precision == "int8" and child in fine:
+                new, kind = QuantLinear(child, 8, block=FINE), f"int8-{FINE}"
             elif target == "cpu" and precision in BITS:
                 new, kind = QuantLinear(child, BITS[precision]), precision
             elif target == "torchscript" and precision == "int8":

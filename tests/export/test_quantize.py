@@ -1,4 +1,4 @@
-"""Weights in blocks of 64: what is packed is what ONNX Runtime computes with."""
+"""Weights in blocks: what is packed is what ONNX Runtime computes with."""
 
 from __future__ import annotations
 
@@ -196,6 +196,32 @@ def test_swap_quantises_linears_and_the_embeddings_whose_rows_are_whole_blocks(p
         packed, scales, zeros = quantize(torch.randn(module.rows, module.columns), module.bits)
         assert module.weight.numel() == packed.numel()
         assert module.scales.shape == scales.shape and module.zero_points.shape == zeros.shape
+
+
+class Answering(nn.Module):
+    FINE = ("head",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(128, 128))
+        self.head = nn.Linear(128, 128)
+
+
+def test_int8_has_smaller_blocks_where_a_class_wants_them():
+    weights = torch.randn(128, 128, generator=torch.Generator().manual_seed(0))
+    model = Answering()
+    assert swap(model, "int8") == {"layers.0.weight": "int8", "head.weight": "int8-32"}
+    for module, block in ((model.layers[0], 64), (model.head, 32)):
+        stored = quantize(weights, 8, block)
+        assert module.block == block
+        shapes = [module.weight.shape, module.scales.shape, module.zero_points.shape]
+        assert [x.shape for x in stored] == shapes
+        blocks = weights.view(128, -1, block)
+        step = (blocks.amax(2) - blocks.amin(2)) / 255
+        torch.testing.assert_close(stored[1], step)
+        found = dequantize(*stored, 128, 8)
+        assert ((found - weights).abs() <= 0.51 * step.repeat_interleave(block, 1)).all()
+    assert swap(Answering(), "int4") == {"layers.0.weight": "int4", "head.weight": "int4"}
 
 
 def test_swap_leaves_float32_alone_unless_it_is_to_be_transposed():
