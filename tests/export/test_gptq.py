@@ -134,9 +134,10 @@ def test_inputs_that_are_always_zero_are_rounded_plainly_and_change_nothing_else
 
 def test_rows_in_chunks_are_the_same_rows():
     weights, x, squares = case(40, 150, 400, 0)
+    parts = weights.split([1, 16, 23])
+    assert all(map(torch.equal, rounded([weights], squares, squares), rounded(iter(parts), squares, squares)))
     cross = behind_errors(x, 0).t() @ x / 400
-    whole = rounded([weights], squares, cross)
-    chunks = rounded(iter(weights.split([1, 16, 23])), squares, cross)
+    whole, chunks = rounded([weights], squares, cross), rounded(iter(parts), squares, cross)
     assert torch.allclose(whole[1], chunks[1]) and torch.equal(whole[2], chunks[2])
     assert (whole[0] == chunks[0]).float().mean() > 0.99  # sums of floats depend on the number of rows
 
