@@ -194,7 +194,10 @@ def expected(pipeline: Pipeline, values: dict[str, Any]) -> Answers:
 
 
 def metric(server: Tritonserver, name: str, **labels: str) -> float:
-    """Sum of a metric's series on Triton's /metrics, those with all of `labels`."""
+    """Sum of a metric's series on Triton's /metrics, those with all of `labels`.
+
+    Each metric is copied there by itself, one after another: wait (`until`) for each.
+    """
     text = requests.get(f"http://{server.metrics}/metrics", timeout=SECONDS).text
     series = re.findall(rf"^{name}({{[^}}]*}})? (\S+)$", text, re.MULTILINE)
     found = [float(v) for own, v in series if all(f'{k}="{label}"' in own for k, label in labels.items())]

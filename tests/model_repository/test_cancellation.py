@@ -36,11 +36,11 @@ def running(server: Any, count: int = 1) -> None:
 def gives_back(server: Any, leave: Callable[[], Any]) -> None:
     """The client leaves, and a second later nothing is held."""
     running(server)
-    assert metric(server, "rtp_llm_cache_blocks_running") > 0
+    until(lambda: metric(server, "rtp_llm_cache_blocks_running"))
     before = metric(server, "rtp_llm_requests_total", outcome="cancelled")
     leave()
     until(lambda: idle(server), 1)
-    assert metric(server, "rtp_llm_requests_total", outcome="cancelled") == before + 1
+    until(lambda: metric(server, "rtp_llm_requests_total", outcome="cancelled") == before + 1, 1)
 
 
 def posted(server: Any, path: str, body: Any) -> socket.socket:

@@ -69,7 +69,7 @@ def test_a_model_that_is_unloaded_lets_everything_go_and_comes_back(server, clie
         client.load_model("vlm")
         assert client.is_model_ready("vlm") and len(stubs(server)) == 1
         assert streamed(server, **ASK) == want == over_http(server, **ASK)
-    assert metric(server, "rtp_llm_sequences_running") == 0
+    until(lambda: not metric(server, "rtp_llm_sequences_running"), 2)
 
 
 def test_loading_again_and_again_leaves_no_shared_memory(server, client):
