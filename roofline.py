@@ -29,12 +29,13 @@ import numpy as np
 import psutil
 
 from .export.bundle import Bundle
-from .runtime.backends.onnx import import_onnxruntime
+from .runtime.backends.onnx import import_onnxruntime, set_products
 from .runtime.kv_cache import BLOCK
 
 READ = 2**30  # bytes, to measure the bandwidth
 ROWS, SIDE = 512, 4096  # the product that measures the arithmetic is [ROWS, SIDE] × [SIDE, SIDE]
-BLOCKS = {4: 128, 8: 64}  # weights that share a scale: export/quantize.py's, which imports torch
+INT4_BLOCK = 128  # weights that share a scale: export/quantize.py's, which imports torch
+PRODUCTS = ("MatMul", "Gemm", "MatMulNBits", "MatMulIntegerToFloat")
 Number = Any  # or an array of numbers
 
 
@@ -76,7 +77,7 @@ def work(bundle: Bundle, block_bytes: int) -> Work:
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     size = weights = head = 0
     for node in model.graph.node:
-        if node.op_type not in ("MatMul", "Gemm", "MatMulNBits") or node.input[1] not in stored:
+        if node.op_type not in PRODUCTS or node.input[1] not in stored:
             continue
         for tensor in (stored[name] for name in node.input[1:] if name in stored):
             size += math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
@@ -106,40 +107,42 @@ def bandwidth(threads: int, repeat: int) -> dict[str, Any]:
 
 
 def product_rate(precision: str, threads: int, repeat: int) -> dict[str, Any]:
-    """Operations a second of one product as a decoder of fp32, int8 or int4 has them."""
+    """Operations a second of one product as a decoder of fp32, int8 or int4 has most of them; int8's without
+    the rounding of its inputs."""
     import onnx.helper as make
     from onnx import TensorProto, numpy_helper
 
     rng = np.random.default_rng(0)
     x = rng.random((ROWS, SIDE), np.float32)
+    inputs, sizes, domain = ["x", "0"], {}, "com.microsoft"
     if precision == "fp32":
+        op, sizes, domain = "Gemm", {"transB": 1}, ""
         weights = [rng.random((SIDE, SIDE), np.float32)]
-        node = make.make_node("Gemm", ["x", "0"], ["y"], transB=1)
+    elif precision == "int8":
+        op, inputs = "MatMulIntegerToFloat", ["x", "0", "1", "2", "3"]
+        x = rng.integers(0, 256, (ROWS, SIDE), np.uint8)
+        weights = [rng.integers(-127, 128, (SIDE, SIDE), np.int8), np.float32(1 / 127),
+                   rng.random(SIDE, np.float32), np.uint8(128)]  # fmt: skip
     else:
-        bits = int(precision[3:])
-        block = BLOCKS[bits]
-        blocks = SIDE // block
+        op, inputs = "MatMulNBits", ["x", "0", "1", "2"]
+        blocks = SIDE // INT4_BLOCK
         weights = [
-            rng.integers(0, 256, (SIDE, blocks, block * bits // 8), np.uint8),
+            rng.integers(0, 256, (SIDE, blocks, INT4_BLOCK // 2), np.uint8),
             rng.random((SIDE, blocks), np.float32),
-            rng.integers(0, 256, (SIDE, blocks * bits // 8), np.uint8),
+            rng.integers(0, 256, (SIDE, blocks // 2), np.uint8),
         ]
-        sizes: dict[str, Any] = {
-            "N": SIDE,
-            "K": SIDE,
-            "bits": bits,
-            "block_size": block,
-            "accuracy_level": 4,
-        }
-        node = make.make_node("MatMulNBits", ["x", "0", "1", "2"], ["y"], domain="com.microsoft", **sizes)
-    named = [numpy_helper.from_array(w, str(i)) for i, w in enumerate(weights)]
-    ends = [make.make_tensor_value_info(name, TensorProto.FLOAT, [ROWS, SIDE]) for name in "xy"]
+        sizes = {"N": SIDE, "K": SIDE, "bits": 4, "block_size": INT4_BLOCK, "accuracy_level": 4}
+    node = make.make_node(op, inputs, ["y"], domain=domain, **sizes)
+    named = [numpy_helper.from_array(np.asarray(w), str(i)) for i, w in enumerate(weights)]
+    kinds = make.np_dtype_to_tensor_dtype(x.dtype), TensorProto.FLOAT
+    ends = [make.make_tensor_value_info(*end, [ROWS, SIDE]) for end in zip("xy", kinds, strict=True)]
     opsets = [make.make_opsetid("", 23), make.make_opsetid("com.microsoft", 1)]
     graph = make.make_graph([node], "product", ends[:1], ends[1:], named)
     model = make.make_model(graph, opset_imports=opsets, ir_version=10)
     ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
+    set_products(options)
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
     def multiply() -> float:

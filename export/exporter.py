@@ -32,7 +32,7 @@ from .target import Target, check_precision, target
 if TYPE_CHECKING:
     from .packed import Scheme
 
-EXPORTER = "4"  # raise it when the same checkpoint and options give another bundle
+EXPORTER = "5"  # raise it when the same checkpoint and options give another bundle
 WORKING = 2**30  # bytes of memory that an export takes beside its largest chunk
 
 

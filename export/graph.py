@@ -129,7 +129,7 @@ class GraphPlan:
 
         per_weight = {
             "fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "fp8": 1.0, "rows": 1.0, "qdq": 0.5 + 2 / 64,
-            "int8": 1 + 5 / BLOCKS[8], "int4": 0.5 + 4.5 / BLOCKS[4],
+            "int8": 1.02, "int4": 0.5 + 4.5 / BLOCKS[4],
         }  # fmt: skip
         quantised = self.precision
         if self.kind != "cpu":
@@ -209,6 +209,7 @@ class GraphPlan:
         model = program.model
         for value in model.graph.initializers.values():
             value.const_value = None  # fake
+        passes.CommonSubexpressionEliminationPass()(model)  # before equal constants become two initializers
         fold_constants(model, onnx_shape_inference=False, input_size_limit=64, output_size_limit=64)
         passes.CommonSubexpressionEliminationPass()(model)
         if self.kind == "cpu":
@@ -291,7 +292,7 @@ class GraphPlan:
         from onnx_ir import tensor_adapters
 
         from . import packed, qdq
-        from .quantize import quantize
+        from .quantize import int8_columns, quantize
 
         waiting = {n: v for n, v in model.graph.initializers.items() if v.const_value is None}
         offset = 0
@@ -331,7 +332,7 @@ class GraphPlan:
                     numbers = [int(n) for n in kind[3:].split("-")]  # bits, and a block that is not usual
                     pieces = (quantize(rows, *numbers) for rows in weight.chunks())
                 writer.put_quantized(file, places, pieces, key, base)
-            elif kind.startswith(("qdq-", "own-")):
+            elif kind.startswith(("columns", "qdq-", "own-")):
                 value = waiting[stem + "weight"]
                 assert value.shape is not None
                 if kind.endswith("int4"):
@@ -339,7 +340,10 @@ class GraphPlan:
                 places = [place(stem + part) for part in ("weight", "scales")]
                 width = int(value.shape.numpy()[1])
                 weight = self.weights[base]
-                columns = qdq.columns(weight, kind[4:]) if kind[0] == "q" else qdq.own_columns(weight)
+                if kind == "columns":
+                    columns = int8_columns(weight)
+                else:
+                    columns = qdq.columns(weight, kind[4:]) if kind[0] == "q" else qdq.own_columns(weight)
                 writer.put_qdq(file, places, columns, width, key, base)
                 if stem + "input_scale" in waiting:
                     amax = self.ranges[base.removesuffix(".weight")].amax
@@ -414,7 +418,7 @@ class Writer:
         self, file: Any, places: list[int], columns: Iterator[tuple[int, Tensor, Tensor]], width: int,
         key: str, name: str,
     ) -> None:  # fmt: skip
-        """A matrix [width, in] and its scales as qdq.columns cuts them."""
+        """A matrix [width, in] and its scales as qdq.columns and quantize.int8_columns cut them."""
         from . import qdq
 
         for start, q, scales in columns:
@@ -423,7 +427,7 @@ class Writer:
                 self.put_columns(file, places[1], scales, start, width, key, name)
             else:
                 self.put_columns(file, places[0], q, start, width, key, name)
-                self.put(file, places[1] + start * scales.dim() * 2, scales, key, name)
+                self.put(file, places[1] + start * scales.dim() * scales.itemsize, scales, key, name)
 
     def put_quantized(
         self, file: Any, places: list[int], pieces: Iterator[tuple[Tensor, ...]], key: str, name: str

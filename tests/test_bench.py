@@ -207,11 +207,11 @@ def test_pictures_that_do_not_fit_are_left_out(
     bench.plot(report, tmp_path / "plot.png")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 def test_the_decoders_work_is_read_off_its_graph(
     precision: str, llava_bundle: Path, sample_llava: Path, tmp_path: Path
 ) -> None:
-    """Against the checkpoint's own matrices, and their size at 4 bits."""
+    """Against the checkpoint's own matrices, and their size at 8 and 4 bits."""
     bundle = read(llava_bundle)
     if precision != "fp32":
         bundle = export(sample_llava, tmp_path / "bundle", precision=precision)
@@ -230,12 +230,15 @@ def test_the_decoders_work_is_read_off_its_graph(
             rows, columns = weights[name].shape
             block = next(size for size in (128, 64, 32) if columns % size == 0)
             # half a byte a value, and a float32 and half a byte a block
-            stored += rows * columns * (4 if precision == "fp32" else 0.5 + 4.5 / block)
+            size = {"fp32": 4.0, "int4": 0.5 + 4.5 / block}
+            # a byte a value, and a float32 and a byte a block of the head, a float32 an output elsewhere
+            size["int8"] = 1 + (5 / 32 if name == "lm_head.weight" else 4 / columns)
+            stored += rows * columns * size[precision]
     assert found.weight_bytes == pytest.approx(stored, rel=0.01)
 
 
 def test_the_products_that_are_timed_have_the_exports_blocks() -> None:
-    assert roofline.BLOCKS == quantize.BLOCKS
+    assert roofline.INT4_BLOCK == quantize.BLOCKS[4]
 
 
 def test_limits_are_those_of_the_roofline() -> None:

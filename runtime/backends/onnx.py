@@ -21,8 +21,10 @@ import dataclasses
 import itertools
 import mmap
 import os
+import re
 import sys
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -117,6 +119,7 @@ class OnnxBackend:
         # its time. Spinning for longer wins 3 % more, and loses up to 40 % where anybody else wants the
         # cores: the other graph, sampling, a server's event loop.
         options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
+        set_products(options)
         if self._stays_mapped(graph):
             # Repacked weights are a copy. As they are they stay in the mapped file, whose pages the
             # system takes back when it needs room.
@@ -353,6 +356,22 @@ def physical_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         cores = min(cores, len(os.sched_getaffinity(0)))
     return cores
+
+
+def set_products(options: ort.SessionOptions) -> None:
+    """Without VNNI, products of 8 bits (export/quantize.py, TokenLinear) go to kernels that do not overflow.
+
+    They take twice as long as the others, and ONNX Runtime keeps weights of another sign for them: the
+    decoder of 1.1 billion holds 1.47 GB instead of 1.07. Processors that are no x86 do not look at it.
+    """
+    if not vnni():
+        options.add_session_config_entry("session.x64quantprecision", "1")
+
+
+def vnni() -> bool:
+    """Has this x86 processor VNNI, as Linux says? Elsewhere nobody does."""
+    path = Path("/proc/cpuinfo")
+    return path.exists() and bool(re.search(r"\bavx(512)?_vnni\b", path.read_text()))
 
 
 def available_memory() -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
+from ..backends.onnx import vnni
 from ..kv_cache import BLOCK, blocks_for
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from ...model_factory import Model
 
 PROGRAM = 200 * 10**6  # Python, ONNX Runtime and the tokenizer, before any weight
-INT4_LOADING = 0.5  # of the file, on top of it, while ONNX Runtime repacks the weights
+# of the file, on top of it, while ONNX Runtime repacks weights of 4 bits, or of 8 for a CPU without VNNI
+LOADING = 0.5
 UNLIMITED = 1 << 60  # cgroup v1 writes "no limit" as a number near 2**63
 
 
@@ -43,7 +45,7 @@ class Weights:
     @property
     def loading(self) -> int:
         """Bytes at the worst moment of opening the graph."""
-        return self.held + int(INT4_LOADING * self.bytes if self.repacked else 0)
+        return self.held + int(LOADING * self.bytes if self.repacked else 0)
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,9 @@ def plan(
             total = min(total, weight_budget)
         # as the backend does: large float32 weights are not copied
         mapped = model.attention == "gqa" and spec.precision == "fp32" and total > available // 4
-        repacked = model.attention == "gqa" and spec.precision == "int4"
+        repacked = model.attention == "gqa" and (
+            spec.precision == "int4" or (spec.precision == "int8" and not vnni())
+        )
         weights.append(Weights(graph, spec.precision, total, mapped, repacked))
     number = 4 if bundle.graphs["decoder"].inputs[-1].dtype == "float32" else 2  # bytes, in the caches
     block = 2 * number * model.layers * model.kv_heads * model.head_dim * BLOCK

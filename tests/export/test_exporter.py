@@ -35,6 +35,7 @@ from rtp_llm.export.checkpoint import Checkpoint
 from rtp_llm.export.decoder import Decoder
 from rtp_llm.export.exporter import Progress, StderrProgress, export
 from rtp_llm.export.families import FAMILIES, Options, Plan
+from rtp_llm.runtime.backends.onnx import set_products
 
 from ..random_checkpoints import script
 
@@ -86,8 +87,9 @@ def plan_of(folder: Path, family: str) -> Plan:
 
 
 def session_of(bundle: Bundle, graph: str) -> ort.InferenceSession:
-    path = bundle.read_path(bundle.graphs[graph].path)
-    return ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    path, options = bundle.read_path(bundle.graphs[graph].path), ort.SessionOptions()
+    set_products(options)
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def first_logits(bundle: Bundle, ids: list[int], images: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -454,6 +455,27 @@ def test_an_onnx_runtime_that_is_too_old_is_told_what_is_needed(
     monkeypatch.setattr("onnxruntime.__version__", "1.31.2")
     with pytest.raises(MissingDependency, match="1.31.2 is installed, 1.32 or newer is needed: pip"):
         OnnxBackend(cases("qwen_vl").bundle)
+
+
+@pytest.mark.parametrize(
+    "flags, has",
+    [("avx2 fma", False), ("avx512_vnni fsrm", True), ("avx2 avx_vnni", True), ("avx512_4vnniw", False)],
+)
+def test_products_are_asked_not_to_overflow_where_the_cpu_does_not_say_vnni(
+    flags: str, has: bool, cases: Callable[[str], Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What that does to them: tests/export/test_quantize.py."""
+    (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags : fpu {flags}\n")
+    opened: list[Any] = []
+    monkeypatch.setattr("onnxruntime.InferenceSession", lambda path, options, **_: opened.append(options))
+    monkeypatch.setattr("rtp_llm.runtime.backends.onnx.Path", lambda _: tmp_path / "cpuinfo")
+    OnnxBackend(cases("qwen_vl").bundle)
+    key = "session.x64quantprecision"
+    if has:
+        with pytest.raises(RuntimeError, match=key):
+            opened[0].get_session_config_entry(key)
+    else:
+        assert opened[0].get_session_config_entry(key) == "1"
 
 
 def test_a_bundles_own_backend_is_opened(cases: Callable[[str], Case]) -> None:
