@@ -114,25 +114,26 @@ def product_rate(precision: str, threads: int, repeat: int) -> dict[str, Any]:
 
     rng = np.random.default_rng(0)
     x = rng.random((ROWS, SIDE), np.float32)
-    inputs, sizes, domain = ["x", "0"], {}, "com.microsoft"
+    weights: list[Any]
     if precision == "fp32":
-        op, sizes, domain = "Gemm", {"transB": 1}, ""
+        node = make.make_node("Gemm", ["x", "0"], ["y"], transB=1)
         weights = [rng.random((SIDE, SIDE), np.float32)]
     elif precision == "int8":
-        op, inputs = "MatMulIntegerToFloat", ["x", "0", "1", "2", "3"]
+        node = make.make_node("MatMulIntegerToFloat", [*"x0123"], ["y"], domain="com.microsoft")
         x = rng.integers(0, 256, (ROWS, SIDE), np.uint8)
         weights = [rng.integers(-127, 128, (SIDE, SIDE), np.int8), np.float32(1 / 127),
                    rng.random(SIDE, np.float32), np.uint8(128)]  # fmt: skip
     else:
-        op, inputs = "MatMulNBits", ["x", "0", "1", "2"]
+        sizes: dict[str, Any] = {"N": SIDE, "K": SIDE, "bits": 4, "block_size": INT4_BLOCK}
+        node = make.make_node(
+            "MatMulNBits", [*"x012"], ["y"], domain="com.microsoft", accuracy_level=4, **sizes
+        )
         blocks = SIDE // INT4_BLOCK
         weights = [
             rng.integers(0, 256, (SIDE, blocks, INT4_BLOCK // 2), np.uint8),
             rng.random((SIDE, blocks), np.float32),
             rng.integers(0, 256, (SIDE, blocks // 2), np.uint8),
         ]
-        sizes = {"N": SIDE, "K": SIDE, "bits": 4, "block_size": INT4_BLOCK, "accuracy_level": 4}
-    node = make.make_node(op, inputs, ["y"], domain=domain, **sizes)
     named = [numpy_helper.from_array(np.asarray(w), str(i)) for i, w in enumerate(weights)]
     kinds = make.np_dtype_to_tensor_dtype(x.dtype), TensorProto.FLOAT
     ends = [make.make_tensor_value_info(*end, [ROWS, SIDE]) for end in zip("xy", kinds, strict=True)]

@@ -9,7 +9,7 @@ For the CPU, at 8 bits: a scale for each output, and inputs that are rotated and
 bits a weight instead of 9, at a relative error of Gaussian weights and inputs of 1.23 % for 0.80. Without the
 rotation a token's outliers would leave few steps to its other numbers: four channels in 4,096 of 20 times the
 others' size, whose weights are a twentieth, cost 7.5 % then, and 1.8 % with it, where blocks cost 1.4. The
-head, where half of what blocks of 64 do to an answer happened, stays in blocks, of 32.
+head, where half of what blocks of 64 do to an answer happened, stays in blocks, of 16.
 
 The head, tables, and everything at 4 bits: weights in blocks along a row, in ONNX Runtime's operators. A
 block has a float32 scale and an unsigned zero point: weight ≈ (q − zero_point) · scale. A product reads two
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 BITS = {"int4": 4, "int8": 8}
 BLOCKS = {4: 128, 8: 64}  # bits → weights that share a scale, where that divides a row
-FINE = 32  # at 8 bits, of the layers that a module's class names in FINE
+FINE = 16  # at 8 bits, of the layers that a module's class names in FINE
 ROTATED = 64  # numbers of an input of 8 bits that are rotated together: TokenLinear
 CUT = {4: 0.93, 8: 1.0}  # of a block's range: what lies outside is clipped
 HALVES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -419,8 +419,8 @@ def swap(
     layers, by their names in `module`, for fp8 and int8 engines; ValueError where one is missing. `weights`:
     by parameter, for those that come quantised; `packed.apart` has been over them.
 
-    Returns how each weight must be stored, in its parameter's dtype: name → "int4", "int8" or "int8-32", with
-    blocks of 32 (`quantize`; `x.weight` becomes `x.weight`, `x.scales` and `x.zero_points`), "rows" or
+    Returns how each weight must be stored, in its parameter's dtype: name → "int4", "int8" or "int8-16", with
+    blocks of 16 (`quantize`; `x.weight` becomes `x.weight`, `x.scales` and `x.zero_points`), "rows" or
     "columns" (`quantize_rows`, `int8_columns`; `x.weight` and `x.scales`), "qdq-fp8", "qdq-int8" or
     "qdq-int4" (qdq.columns; likewise, and `x.input_scale`), "own-int4" or "own-fp8" (the checkpoint's or
     gptq.py's, for the same modules; and `x.sort.order`) or "transposed"; those not named are stored as they
