@@ -189,7 +189,7 @@ class TokenLinear(nn.Module):
         op = torch.onnx.ops.symbolic
         turn = _rotation(self.weight.shape[0])
         if (size := len(turn)) > 1:
-            values = [value for row in turn for value in row]
+            values = turn.flatten().tolist()
             flat = op("Constant", (), {"value_floats": values}, dtype=x.dtype, shape=[size**2])
             x = (x.unflatten(-1, (-1, size)) @ flat.view(size, size)).flatten(-2)
         step = op("Constant", (), {"value_float": 1 / 127}, dtype=torch.float32, shape=[])
@@ -208,20 +208,20 @@ class TokenLinear(nn.Module):
 
 
 @lru_cache
-def _rotation(columns: int) -> tuple[tuple[float, ...], ...]:
-    """Rows of the orthogonal matrix that turns each block of a row: Sylvester's Hadamard matrix behind random
+def _rotation(columns: int) -> np.ndarray:
+    """The orthogonal float64 matrix that turns each block of a row: Sylvester's Hadamard matrix behind random
     signs, of the largest power of two that divides the row, up to ROTATED."""
     size = math.gcd(columns, ROTATED)
     signs = np.random.default_rng(0).choice([-1.0, 1.0], size)
     matrix = np.ones((1, 1))
     while len(matrix) < size:
         matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return tuple(tuple(row) for row in signs[:, None] * matrix / size**0.5)
+    return signs[:, None] * matrix / size**0.5
 
 
 def rotated(rows: Tensor) -> Tensor:
     """float32 [R, K] → weights for inputs that are rotated, see TokenLinear."""
-    turn = torch.tensor(_rotation(rows.shape[1]), dtype=rows.dtype)
+    turn = torch.from_numpy(_rotation(rows.shape[1])).to(rows.dtype)
     return (rows.unflatten(1, (-1, len(turn))) @ turn).flatten(1)
 
 
